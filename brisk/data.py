@@ -1,0 +1,284 @@
+"""Training batches for ever: tar shards read in a stream, or an image folder; the exact position saved and restored.
+
+A position is a small JSON dict. Resuming from it decodes nothing that was already seen: a folder's order is
+arithmetic, a stream reopens the shard it was in and skips the headers of what was used.
+"""
+
+import itertools
+import math
+import queue
+import re
+import tarfile
+import threading
+from collections import Counter
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from brisk.options import UserError
+from brisk.samples import MANIFEST_KEY, Skip, check_manifest, metadata_of, read_file_sample
+from brisk.seeding import derive
+
+FIRST_BLOCK = 128  # samples shuffled together at the start; doubles up to the shuffle buffer
+HOPELESS = 1000  # samples seen without a usable one before the run stops
+
+
+def expand_shards(spec):
+    """The shard URLs of a `::`-separated list, each brace-expanded with zero padding kept."""
+    import braceexpand
+
+    try:
+        return [url for part in spec.split("::") for url in braceexpand.braceexpand(part) if url]
+    except braceexpand.UnbalancedBracesError:
+        raise UserError(f"the shard list '{spec}' has unbalanced braces.") from None
+
+
+def read_shard(url):
+    """Raw samples {suffix: bytes, "__key__": key} of one tar: a path, a URL, or `pipe:COMMAND` writing to stdout.
+
+    A new sample starts where the key changes, a suffix repeats, or the shard begins. Raises OSError or TarError.
+    """
+    import webdataset
+
+    with webdataset.gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+        sample = {}
+        for member in tar:
+            named = re.fullmatch(r"((?:.*/)?[^./][^./]*)\.([^/]+)", member.name)
+            if not member.isfile() or not named:
+                continue
+            key, suffix = named.group(1), named.group(2).lower()
+            if sample and (sample["__key__"] != key or suffix in sample):
+                yield sample
+                sample = {}
+            sample |= {"__key__": key, suffix: tar.extractfile(member).read()}
+        if sample:
+            yield sample
+
+
+def read_first_manifest(urls):
+    """The manifest at the head of the first of the precomputed shards `urls`; UserError if there is none."""
+    try:
+        first = next(read_shard(urls[0]), {})
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"the precomputed shard {urls[0]} cannot be read: {error}.") from None
+    if first.get("__key__") != MANIFEST_KEY:
+        raise UserError(f"{urls[0]} holds no manifest: it was not made by scripts/precompute_latents.py.")
+    return metadata_of(first)
+
+
+def prefetch(items, size):
+    """The items of a generator, produced ahead in a thread, so that reading overlaps with decoding."""
+    ready = queue.Queue(maxsize=size)
+
+    def produce():
+        try:
+            for item in items:
+                ready.put((item, None))
+        except BaseException as error:  # handed to the consumer
+            ready.put((None, error))
+
+    threading.Thread(target=produce, daemon=True).start()
+    while True:
+        item, error = ready.get()
+        if error is not None:
+            raise error
+        yield item
+
+
+def collate(samples):
+    """Stack the tensors of a list of samples into a batch."""
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+class BatchMaker:
+    """Turns raw samples into full batches, counting why samples were skipped."""
+
+    def __init__(self, decode, batch_size):
+        self.decode, self.batch_size = decode, batch_size
+        self.samples, self.skipped, self.seen, self.usable = [], Counter(), 0, 0
+        self.reasons = Counter()
+
+    def add(self, read, rng):
+        """Decode what `read()` returns; a full batch or None. Raises UserError when no sample is ever usable."""
+        self.seen += 1
+        try:
+            self.samples.append(self.decode(read(), rng))
+            self.usable += 1
+        except Skip as reason:
+            self.skipped[str(reason)] += 1
+            self.reasons[str(reason)] += 1
+        if not self.usable and self.seen >= HOPELESS:
+            why = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common())
+            raise UserError(f"0 of {self.seen} samples usable: {why}.")
+        if len(self.samples) < self.batch_size:
+            return None
+        batch = {**collate(self.samples), "skipped": dict(self.skipped)}
+        self.samples, self.skipped = [], Counter()
+        return batch
+
+
+def total_steps(epochs, images_per_epoch, batch_size, processes, workers, accumulation):
+    """Optimizer steps of `epochs` passes over `images_per_epoch` images, each worker giving equally many batches."""
+    workers = max(workers, 1)
+    batches = math.ceil(images_per_epoch / (batch_size * processes * workers)) * workers
+    return epochs * math.ceil(batches / accumulation)
+
+
+def start_position():
+    """The position of a run that has seen nothing."""
+    return {"batches": 0, "samples": 0, "workers": None, "cursors": {}, "fresh_from": 0}
+
+
+def _guard(batches):
+    """Errors of the user's travel as a batch: a worker's exception would arrive as a traceback."""
+    try:
+        yield from batches
+    except UserError as error:
+        yield {"error": str(error)}
+
+
+class FolderBatches(IterableDataset):
+    """Batches of an image folder: a new permutation per epoch, the same at any number of workers.
+
+    Global sample g stands at place g mod n of the permutation of epoch g // n; rank r takes every r-th batch.
+    """
+
+    def __init__(self, files, decode, batch_size, seed, rank, world_size, position):
+        self.files, self.decode, self.batch_size = files, decode, batch_size
+        self.seed, self.rank, self.world_size, self.position = seed, rank, world_size, position
+        self.epoch, self.order = None, None
+
+    def _index(self, place):
+        epoch, within = divmod(place, len(self.files))
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = np.random.default_rng(derive(self.seed, "epoch", epoch)).permutation(len(self.files))
+        return int(self.order[within])
+
+    def _batch(self, number, maker):
+        first = self.position["samples"] + (number * self.world_size + self.rank) * self.batch_size
+        for place in itertools.count(first):
+            for attempt in itertools.count():
+                rng = np.random.default_rng(derive(self.seed, "sample", place, attempt))
+                # an unusable file is replaced by another one, so that places stay arithmetic
+                index = int(rng.integers(len(self.files))) if attempt else self._index(place)
+                usable = maker.usable
+                batch = maker.add(lambda index=index: read_file_sample(*self.files[index]), rng)
+                if batch:
+                    return batch
+                if maker.usable > usable:
+                    break
+
+    def __iter__(self):
+        return _guard(self._batches())
+
+    def _batches(self):
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        maker = BatchMaker(self.decode, self.batch_size)
+        for number in itertools.count(worker, workers):
+            yield {**self._batch(number, maker), "position": {"workers": workers}}
+
+
+class ShardBatches(IterableDataset):
+    """Batches streamed from tar shards; every worker of every rank reads its own stream.
+
+    A stream passes over all shards in a new order each time, and shuffles blocks of consecutive samples.
+    """
+
+    def __init__(self, urls, decode, batch_size, seed, rank, position, shuffle=1000, manifest=None):
+        """`manifest`: what precomputed shards must say of themselves, None for shards of images."""
+        self.urls, self.decode, self.batch_size, self.shuffle = urls, decode, batch_size, shuffle
+        self.seed, self.rank, self.position, self.manifest = seed, rank, position, manifest
+        self.notes = []
+
+    def _url(self, stream, ordinal):
+        passes, place = divmod(ordinal, len(self.urls))
+        return self.urls[np.random.default_rng(derive(*stream, "pass", passes)).permutation(len(self.urls))[place]]
+
+    def _groups(self, stream, ordinal, offset):
+        """((shard ordinal, place in shard), raw sample) from that place on, for ever."""
+        failures, patience = 0, min(100, max(3, len(self.urls)))
+        for number in itertools.count(ordinal):
+            url, place, problem = self._url(stream, number), -1, "it holds no sample"
+            try:
+                for place, raw in enumerate(read_shard(url)):
+                    if raw["__key__"] == MANIFEST_KEY and self.manifest is not None:
+                        check_manifest(metadata_of(raw), self.manifest)
+                    elif number > ordinal or place >= offset:
+                        yield (number, place), raw
+            except (OSError, EOFError, tarfile.TarError) as error:
+                problem = " ".join(str(error).split()) or type(error).__name__
+                self.notes.append(f"shard {url} is broken after {place + 1} samples: {problem}")
+            failures = 0 if place >= 0 else failures + 1
+            if failures >= patience:
+                raise UserError(f"{failures} shards in a row gave no sample; the last one is {url}: {problem}.")
+
+    def __iter__(self):
+        return _guard(self._batches())
+
+    def _batches(self):
+        info = get_worker_info()
+        identity, workers = (info.id, info.num_workers) if info else (0, 1)
+        # the loader always asks worker 0 first: after a resume it plays the worker whose turn it is
+        worker = (identity + self.position["batches"]) % workers
+        stream = (self.seed, self.rank, worker, self.position["fresh_from"])
+        cursor = self.position["cursors"].get(str(worker), {"ordinal": 0, "offset": 0, "block": 0, "used": 0})
+        groups = prefetch(self._groups(stream, cursor["ordinal"], cursor["offset"]), self.shuffle)
+        maker, used = BatchMaker(self.decode, self.batch_size), cursor["used"]
+        for number in itertools.count(cursor["block"]):
+            block = list(itertools.islice(groups, min(self.shuffle, FIRST_BLOCK * 2**number)))
+            (ordinal, offset), _ = block[0]
+            order = np.random.default_rng(derive(*stream, "block", ordinal, offset)).permutation(len(block))
+            for turn in range(used, len(order)):
+                place, raw = block[order[turn]]
+                batch = maker.add(lambda raw=raw: raw, np.random.default_rng(derive(*stream, "sample", *place)))
+                if batch:
+                    now = {"ordinal": ordinal, "offset": offset, "block": number, "used": turn + 1}
+                    notes, self.notes = self.notes, []
+                    yield {**batch, "notes": notes, "position": {"workers": workers, str(worker): now}}
+            used = 0
+
+
+class TrainingBatches:
+    """Iterator over batches that knows its position and counts skipped samples."""
+
+    def __init__(self, dataset, num_workers, pin_memory, samples_per_batch, say):
+        """`samples_per_batch` over all ranks; `say` takes messages about broken shards."""
+        self.position = {**dataset.position, "cursors": dict(dataset.position["cursors"])}
+        self.samples_per_batch, self.say, self.skipped = samples_per_batch, say, Counter()
+        loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, pin_memory=pin_memory,
+                            prefetch_factor=4 if num_workers else None)  # fmt: skip
+        self.batches = iter(loader)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch = next(self.batches)
+        if "error" in batch:
+            raise UserError(batch["error"])
+        for note in batch.pop("notes", []):
+            self.say(note)
+        self.skipped.update(batch.pop("skipped"))
+        moved = batch.pop("position")
+        self.position["workers"] = moved.pop("workers")
+        self.position["cursors"].update(moved)
+        self.position["batches"] += 1
+        self.position["samples"] += self.samples_per_batch
+        return batch
+
+
+def continue_position(saved, step_batches, workers, same_ranks, is_folder, mode, say):
+    """The position to resume from: exact where it can be, else fresh shards.
+
+    Args: `saved` as stored by this rank or None; `step_batches` batches consumed so far; `mode` is `--data_resume`.
+    A folder goes on exactly at any number of workers and processes; a stream needs the same numbers of both.
+    """
+    exact = saved is not None and (is_folder or (same_ranks and saved["workers"] in (None, max(workers, 1))))
+    if exact and (is_folder or mode == "skip"):
+        return saved
+    if mode == "skip":
+        say("The numbers of processes or loader workers changed: the shard stream starts afresh.")
+    return {**start_position(), "fresh_from": step_batches}

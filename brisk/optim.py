@@ -1,0 +1,168 @@
+"""Optimizer, learning-rate schedule, exponential moving average."""
+
+import contextlib
+import importlib.util
+
+import torch
+
+from brisk.options import UserError
+
+
+def lerp_(targets, sources, decay):
+    """In place: target <- decay target + (1 - decay) source, over two lists of tensors, in a few fused calls."""
+    torch._foreach_lerp_(targets, [source.to(target.dtype) for target, source in zip(targets, sources, strict=True)],
+                         1 - decay)  # fmt: skip
+
+
+class EMA:
+    """Exponential moving average of a network: a float32 master, and a network in working precision to call.
+
+    Half-precision masters would lose updates smaller than 2^-9 of a weight, so the working copy is refreshed from
+    the master after each update; in float32 the two share storage.
+    """
+
+    def __init__(self, network):
+        """`network` starts equal to the averaged one; it is frozen and put in eval mode."""
+        self.network = network.requires_grad_(False).eval()
+        self.master = [parameter.detach() for parameter in network.parameters()]
+
+    def work_in(self, dtype):
+        """Keep the float32 master aside and let `network` work in `dtype`."""
+        if dtype != torch.float32:
+            self.master = [parameter.clone() for parameter in self.master]
+            self.network.to(dtype)
+
+    @torch.no_grad()
+    def update(self, parameters, decay):
+        """One step towards `parameters`, in the order of `network.parameters()`."""
+        lerp_(self.master, [parameter.detach() for parameter in parameters], decay)
+        self._refresh()
+
+    def _refresh(self):
+        working = list(self.network.parameters())
+        if working[0].dtype != self.master[0].dtype:
+            torch._foreach_copy_(working, self.master)
+
+    def state_dict(self):
+        """The master weights under the network's names (buffers included)."""
+        names = [name for name, _ in self.network.named_parameters()]
+        return {**self.network.state_dict(), **dict(zip(names, self.master, strict=True))}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        """Load what `state_dict` returned."""
+        for (name, _), master in zip(self.network.named_parameters(), self.master, strict=True):
+            master.copy_(state[name])
+        self._refresh()
+
+
+def create_optimizer(parameters, learning_rate, betas, weight_decay, epsilon, use_8bit_adam, device, warn):
+    """AdamW: fused where torch offers it, 8-bit (bitsandbytes) on request.
+
+    Where bitsandbytes is missing: UserError on CUDA; elsewhere `warn` gets a sentence and plain AdamW is used.
+    """
+    settings = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "eps": epsilon}
+    if use_8bit_adam:
+        if importlib.util.find_spec("bitsandbytes"):
+            import bitsandbytes
+
+            return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+        if device.type == "cuda":
+            raise UserError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
+        warn("--use_8bit_adam: bitsandbytes is not installed (pip install bitsandbytes), plain AdamW is used.")
+    return torch.optim.AdamW(parameters, fused=device.type in ("cuda", "cpu"), **settings)
+
+
+def create_lr_scheduler(name, optimizer, warmup_steps, total_steps):
+    """diffusers' schedule `name`, to be stepped once per optimizer step at any number of processes.
+
+    It is not handed to `accelerator.prepare`, which would step it once per process.
+    """
+    from diffusers.optimization import get_scheduler
+
+    return get_scheduler(name, optimizer=optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
+
+
+def step_if_finite(optimizer, finite):
+    """One optimizer step, skipped where the 0-dim bool tensor `finite` is False.
+
+    The fused AdamW reads the decision on the device (the hook that GradScaler uses), so nothing waits for it; under
+    fp16 GradScaler decides by itself. Other optimizers wait for `finite` on the host.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if getattr(optimizer, "scaler", None) is not None:
+        optimizer.step()
+    elif inner.defaults.get("fused"):
+        inner.found_inf = (~finite).float()
+        optimizer.step()
+        del inner.found_inf
+    elif finite.item():
+        optimizer.step()
+
+
+@contextlib.contextmanager
+def swapped(tensors, others):
+    """Within it two lists of tensors have exchanged their values; does nothing if `others` is None."""
+
+    @torch.no_grad()
+    def exchange():
+        kept = [tensor.clone() for tensor in tensors]
+        torch._foreach_copy_(tensors, others)
+        torch._foreach_copy_(others, kept)
+
+    if others is None:
+        yield
+        return
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
+
+
+class FiniteGuard:
+    """Counts steps with non-finite values on the device; the host looks only when `check` is called."""
+
+    LIMIT = 10
+
+    def __init__(self, names, device):
+        """`names` of the terms passed to `watch`, in order; "gradient" is added."""
+        self.names = [*names, "gradient"]
+        self.hits = torch.zeros(len(self.names), device=device)
+        self.seen = torch.zeros(len(self.names), dtype=torch.bool, device=device)
+        self.in_a_row = torch.zeros((), device=device)
+        self.longest = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)
+
+    @torch.no_grad()
+    def watch(self, *tensors):
+        """Note which of the terms of a micro-step are not finite."""
+        self.seen[:-1] |= torch.stack([~torch.isfinite(tensor).all() for tensor in tensors])
+
+    @torch.no_grad()
+    def finish_step(self, gradient_norm, scaled):
+        """End an optimizer step; returns a 0-dim bool tensor, whether it may be taken.
+
+        Args: `scaled`: gradients are loss-scaled (fp16), where an infinite gradient is GradScaler's business.
+        """
+        finite = torch.isfinite(gradient_norm).to(self.seen.device)
+        if not scaled:
+            self.seen[-1] |= ~finite
+        bad = self.seen.any()
+        self.hits += self.seen
+        self.skipped += bad
+        self.in_a_row = torch.where(bad, self.in_a_row + 1, torch.zeros_like(self.in_a_row))
+        self.longest = torch.maximum(self.longest, self.in_a_row)
+        self.seen.zero_()
+        return finite & ~bad
+
+    def check(self):
+        """Number of skipped steps so far; UserError (exit code 1) after `LIMIT` skipped steps in a row."""
+        *hits, longest, skipped = torch.cat([self.hits, self.longest[None], self.skipped[None]]).tolist()
+        if longest >= self.LIMIT:
+            terms = ", ".join(f"{name} {int(hit)}x" for name, hit in zip(self.names, hits, strict=True) if hit)
+            raise UserError(
+                f"{int(longest)} steps in a row were not finite ({terms}): lower --learning_rate, or use "
+                "--mixed_precision bf16, or --vae_dtype fp32; earlier checkpoints are intact.", 1
+            )  # fmt: skip
+        return int(skipped)

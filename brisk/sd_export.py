@@ -1,0 +1,151 @@
+"""What a Stable Diffusion run writes: pipelines in memory and on disk, sample grids, LoRA files, the model card."""
+
+import itertools
+
+import torch
+
+from brisk import runlog
+from brisk.checkpoint import write_atomically
+from brisk.options import UserError
+from brisk.sd_models import lora_state
+
+CARD = """---
+base_model: {teacher}
+library_name: diffusers
+tags: [text-to-image, diffusion-distillation, slam, {kind}]
+---
+# {name}
+
+`{teacher}` distilled to 1-8 sampling steps by SLAM (sub-path linear approximation, arXiv 2404.13903).
+Always pass `guidance_scale=1`: guidance (w = {w}) is part of the weights, and other values ask the network for
+something else than images.
+
+```python
+{snippet}
+image = pipe("{prompt}", num_inference_steps=4, guidance_scale=1).images[0]
+```
+
+{steps} optimizer steps of {batch} images at {resolution} px, N = {n}, {loss} loss, learning rate {lr}; every option is in
+`train_config.yaml`, versions and hardware in `run_manifest.json`.
+"""
+SNIPPETS = {
+    "full": """import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}", torch_dtype=torch.float32)""",
+    "lora": """import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+
+pipe = DiffusionPipeline.from_pretrained("{teacher}", torch_dtype=torch.float32)
+pipe.scheduler = LCMScheduler.from_pretrained("{name}", subfolder="scheduler")
+pipe.load_lora_weights("{name}")""",
+}  # fmt: skip
+
+
+def lcm_scheduler(scheduler_config, prediction_type, num_ddim_timesteps, timestep_scaling):
+    """The LCMScheduler that the distilled model is to be sampled with."""
+    from diffusers import LCMScheduler
+
+    return LCMScheduler.from_config(
+        scheduler_config, prediction_type=prediction_type, original_inference_steps=num_ddim_timesteps,
+        timestep_scaling=timestep_scaling,
+    )  # fmt: skip
+
+
+def build_pipeline(parts, unet, scheduler, with_extras=True):
+    """A stock diffusers pipeline from modules in memory; without extras there is no safety checker."""
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    names = ("text_encoder", "text_encoder_2")[: len(parts.text_encoders)]
+    components = dict(zip(names, parts.text_encoders, strict=True))
+    components |= dict(zip(("tokenizer", "tokenizer_2"), parts.tokenizers, strict=False))
+    components |= {"vae": parts.vae, "unet": unet, "scheduler": scheduler}
+    extras = parts.extras if with_extras else {}
+    if parts.is_xl:
+        pipeline = StableDiffusionXLPipeline(
+            **components, **extras, force_zeros_for_empty_prompt=parts.zeros_for_empty, add_watermarker=False
+        )
+    else:
+        extras = {"safety_checker": None, "feature_extractor": None, **extras}
+        pipeline = StableDiffusionPipeline(
+            **components, **extras, requires_safety_checker=extras["safety_checker"] is not None
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def sample_images(pipeline, prompts, steps, seed, resolution, autocast, guidance_scale=1.0):
+    """PIL images for `prompts`; the U-Net in eval mode for the call, the VAE in its own precision outside autocast."""
+    was_training = pipeline.unet.training
+    pipeline.unet.eval()
+    generator = torch.Generator(pipeline.unet.device).manual_seed(seed)
+    try:
+        with autocast:
+            latents = pipeline(
+                prompts, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generator,
+                height=resolution, width=resolution, output_type="latent",
+            ).images  # fmt: skip
+        vae = pipeline.vae
+        decoded = [vae.decode(latent[None].to(vae.dtype) / vae.config.scaling_factor).sample for latent in latents]
+    finally:
+        pipeline.unet.train(was_training)
+    return pipeline.image_processor.postprocess(torch.cat(decoded).float(), output_type="pil")
+
+
+@torch.no_grad()
+def validate(accelerator, parts, networks, scheduler, prompts, step_counts, per_prompt, resolution, folder, step, seed):
+    """Sample each of `networks` (name -> U-Net) at each number of steps, at guidance_scale 1.
+
+    Writes PNG grids (a row per prompt) into `folder` and sends the images to the trackers. The modules are those
+    in memory: nothing is loaded again.
+    """
+    from diffusers.utils import make_image_grid
+
+    encoders = [parts.vae, *parts.text_encoders]
+    homes = [module.device for module in encoders]
+    for module in encoders:
+        module.to(accelerator.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    captions = [prompt for prompt in prompts for _ in range(per_prompt)]
+    for (name, network), count in itertools.product(networks.items(), step_counts):
+        pipeline = build_pipeline(parts, network, scheduler, with_extras=False)
+        images = sample_images(pipeline, captions, count, seed, resolution, accelerator.autocast())
+        make_image_grid(images, rows=len(prompts), cols=per_prompt).save(folder / f"{name}-{count}-steps.png")
+        runlog.log_images(accelerator, f"validation/{name}-{count}-steps", images, captions, step)
+    for module, home in zip(encoders, homes, strict=True):
+        module.to(home)
+
+
+def save_lora(folder, unet, config, is_xl):
+    """Write `pytorch_lora_weights.safetensors` that `load_lora_weights` reads back exactly, alpha included.
+
+    The raw PEFT names are kept: the converted ones lose the attention adapters when convolutions are adapted too.
+    """
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    cls = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
+    cls.save_lora_weights(folder, unet_lora_layers=lora_state(unet), unet_lora_adapter_metadata=plain)
+
+
+def export(output, parts, student, ema, lora_config, scheduler, card):
+    """Write what stock diffusers loads: a complete pipeline and `unet_target`, or LoRA weights and their scheduler.
+
+    Args: `ema` and `lora_config`: one of them is None; `card` the values of `CARD`. Raises UserError (exit code 1).
+    """
+    kind = "lora" if lora_config else "full"
+    snippet = SNIPPETS[kind].format(**card)
+    try:
+        if lora_config:
+            save_lora(output, student, lora_config, parts.is_xl)
+            scheduler.save_pretrained(output / "scheduler")
+        else:
+            ema.network.save_pretrained(output / "unet_target", state_dict=ema.state_dict())
+            build_pipeline(parts, student, scheduler).save_pretrained(output)
+        write_atomically(output / "README.md", CARD.format(kind=kind, snippet=snippet, **card))
+    except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
+        raise UserError(
+            f"the final model could not be written to {output}: {' '.join(str(error).split())}; the checkpoints are "
+            "intact, run the same command with --resume_from_checkpoint=latest.", 1
+        ) from error  # fmt: skip
