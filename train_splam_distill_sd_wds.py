@@ -14,7 +14,6 @@ from pathlib import Path
 from brisk import options
 
 CONFIGS = Path(__file__).resolve().parent / "configs/splam"
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def parse_args(argv=None):
@@ -40,20 +39,35 @@ def parse_args(argv=None):
     add("--gamma_one_prob", type=options.FRACTION, default=0.0, help="probability of forcing gamma = 1 (1: LCM)")
     add("--gamma_embed_scale", type=options.NOT_NEGATIVE, default=1000.0, help="frequency scale of gamma's embedding")
     add("--cond_proj_init", choices=("zero", "default"), default="zero", help="zero: the student starts as the teacher")
-    add("--subpath_param", choices=("paper", "snr"), default="paper", help="snr: student input matched in signal to noise")
+    add(
+        "--subpath_param",
+        choices=("paper", "snr"),
+        default="paper",
+        help="snr: student input matched in signal to noise",
+    )
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="default: the teacher scheduler's")
-    add("--teacher_dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="auto: half under --mixed_precision")
+    add(
+        "--teacher_dtype",
+        choices=("auto", "fp32", "fp16", "bf16"),
+        default="auto",
+        help="auto: half under --mixed_precision",
+    )
     options.add_flag(group, "--cast_teacher_unet", "accepted: the teacher is cast by default, see --teacher_dtype")
     add("--vae_dtype", choices=("auto", "fp32", "fp16", "bf16"), default="auto", help="auto: fp32 where fp16 overflows")
     add("--vae_encode_batch_size", type=options.COUNT, help="images per VAE call; default 32, SDXL 8")
-    options.add_flag(group, "--use_fix_crop_and_size", "SDXL: tell the networks (resolution, resolution) and crop (0, 0)")
+    options.add_flag(
+        group, "--use_fix_crop_and_size", "SDXL: tell the networks (resolution, resolution) and crop (0, 0)"
+    )
     group = parser.add_argument_group("LoRA")
     add = group.add_argument
     options.add_flag(group, "--use_lora", "train adapters that fit any base model instead of all weights")
     add("--lora_rank", type=options.COUNT, default=64, help="rank")
     add("--lora_alpha", type=options.POSITIVE, default=64.0, help="alpha")
     add("--lora_dropout", type=options.BELOW_ONE, default=0.0, help="dropout")
-    add("--lora_target_modules", help="comma-separated module names; default: all attention, feed-forward and convolutions")
+    add(
+        "--lora_target_modules",
+        help="comma-separated module names; default: all attention, feed-forward and convolutions",
+    )
     options.add_flag(group, "--lora_ema", "use an average of the adapters as the target")
     group = parser.add_argument_group("validation")
     add = group.add_argument
@@ -74,7 +88,9 @@ def check_args(args):
     if sum(source is not None for source in sources) != 1 and not args.dry_run:
         raise options.UserError("give one of --train_shards_path_or_url, --train_data_dir and --precomputed_shards.")
     if not args.train_data_dir and not args.max_train_samples and not args.max_train_steps and not args.dry_run:
-        raise options.UserError("shards are an endless stream: give --max_train_steps, or --max_train_samples per epoch.")
+        raise options.UserError(
+            "shards are an endless stream: give --max_train_steps, or --max_train_samples per epoch."
+        )
     if args.wds_max_pwatermark is not None and args.train_data_dir:
         raise options.UserError("--wds_max_pwatermark needs the json files of shards; an image folder has none.")
 
@@ -150,44 +166,6 @@ def make_student(args, teacher, warn):
     return sd_models.create_student(teacher, cond_dim, args.cond_proj_init), None, cond_dim
 
 
-def save_networks(folder, accelerator, unet, ema, lora_master):
-    """Write the networks of a checkpoint (called on every rank): online and target U-Net, or the adapters."""
-    from safetensors.torch import save_file
-
-    from brisk import sd_models
-
-    state = accelerator.get_state_dict(unet)
-    network = accelerator.unwrap_model(unet)
-    if not accelerator.is_main_process:
-        return
-    if ema:
-        network.save_pretrained(folder / "unet", state_dict=state)
-        ema.network.save_pretrained(folder / "unet_target", state_dict=ema.state_dict())
-    else:
-        (folder / "unet_lora").mkdir(parents=True, exist_ok=True)
-        save_file(sd_models.lora_state(network), folder / "unet_lora/adapter_model.safetensors")
-        if lora_master:
-            save_file({str(number): tensor for number, tensor in enumerate(lora_master)}, folder / "unet_lora/target.safetensors")
-
-
-def load_networks(folder, accelerator, unet, ema, lora_master):
-    """Read back what `save_networks` wrote."""
-    from safetensors.torch import load_file
-
-    network = accelerator.unwrap_model(unet)
-    if ema:
-        network.load_state_dict(load_file(folder / "unet/diffusion_pytorch_model.safetensors"))
-        ema.load_state_dict(load_file(folder / "unet_target/diffusion_pytorch_model.safetensors"))
-    else:
-        from peft.utils import set_peft_model_state_dict
-
-        set_peft_model_state_dict(network, load_file(folder / "unet_lora/adapter_model.safetensors"))
-        if lora_master:
-            stored = load_file(folder / "unet_lora/target.safetensors")
-            for number, tensor in enumerate(lora_master):
-                tensor.copy_(stored[str(number)])
-
-
 def main(argv=None):
     # 1 options
     args, given = parse_args(argv)
@@ -207,10 +185,10 @@ def main(argv=None):
     project = ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir))
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
-        log_with=runlog.check_trackers(args.report_to), project_config=project,
+        log_with=runlog.check_trackers("none" if args.dry_run else args.report_to), project_config=project,
     )  # fmt: skip
     device, rank, is_main = accelerator.device, accelerator.process_index, accelerator.is_main_process
-    output, log = runlog.open_output(accelerator, args.output_dir), runlog.setup_logging(accelerator)
+    output, log = runlog.open_output(rank, args.output_dir), runlog.setup_logging(accelerator)
     stop = checkpoint.StopSignal(accelerator)
     for sentence in options.without_effect(given, effects(args, accelerator.mixed_precision)):
         log.warning(sentence)
@@ -218,9 +196,8 @@ def main(argv=None):
     saved = checkpoint.read_state(resume) if resume else {"step": 0}
     seed = broadcast_object_list([saved.get("seed", seeding.fresh_seed()) if args.seed is None else args.seed])[0]
     seeding.seed_libraries(seed, "start")
-    repo_id = None
-    if args.push_to_hub and is_main and not args.dry_run:
-        repo_id = hub.create_repository(output, args.hub_model_id, args.hub_token)
+    push = args.push_to_hub and is_main and not args.dry_run
+    repo_id = hub.create_repository(output, args.hub_model_id, args.hub_token) if push else None
 
     # 3 models (frozen, trainable)
     load_parts = functools.partial(
@@ -232,7 +209,8 @@ def main(argv=None):
     resolution = sd_models.check_resolution(parts, args.resolution)
     prediction_type = args.prediction_type or parts.scheduler_config.get("prediction_type", "epsilon")
     alphas_cumprod = DDPMScheduler.from_config(parts.scheduler_config).alphas_cumprod
-    facts = {"num_ddim_timesteps": args.num_ddim_timesteps, "prediction_type": prediction_type, "use_lora": args.use_lora}
+    facts = {"prediction_type": prediction_type, "use_lora": args.use_lora}
+    facts |= {"num_ddim_timesteps": args.num_ddim_timesteps}
     try:
         grid = schedules.solver_grid(alphas_cumprod, args.num_ddim_timesteps).to(device)
         schedules.check_prediction_type(prediction_type, grid)
@@ -246,10 +224,10 @@ def main(argv=None):
     student, lora_config, cond_dim = make_student(args, teacher, log.warning)
 
     # 4 memory and precision
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    teacher_dtype = half if args.teacher_dtype == "auto" else getattr(torch, DTYPES[args.teacher_dtype])
-    has_vae = bool(args.pretrained_vae_model_name_or_path)
-    vae_dtype = sd_models.vae_dtype(args.vae_dtype, accelerator.mixed_precision, has_vae, parts.is_xl)
+    half = sd_models.DTYPES.get(accelerator.mixed_precision, torch.float32)
+    teacher_dtype = half if args.teacher_dtype == "auto" else sd_models.DTYPES[args.teacher_dtype]
+    own_vae = args.pretrained_vae_model_name_or_path
+    vae_dtype = sd_models.vae_dtype(args.vae_dtype, accelerator.mixed_precision, own_vae, parts.is_xl)
     manifest = sd_models.cache_manifest(parts, resolution) if args.precomputed_shards else None
     sd_models.place(parts, device, vae_dtype, half)
     sd_models.cast_frozen(teacher.to(device), teacher_dtype)
@@ -257,8 +235,9 @@ def main(argv=None):
     ema = None if args.use_lora else optim.EMA(copy.deepcopy(student))
     target_dtype = torch.float32 if args.use_lora else half
     networks = {"target": student if args.use_lora else ema.network, "online": student}
+    use_xformers = args.enable_xformers_memory_efficient_attention
     for network in {teacher, *networks.values()}:
-        sd_models.speed_up(network, args.channels_last, args.enable_xformers_memory_efficient_attention, args.compile, log.warning)
+        sd_models.speed_up(network, args.channels_last, use_xformers, args.compile, log.warning)
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     runlog.allow_fast_maths(args.allow_tf32)
@@ -270,7 +249,7 @@ def main(argv=None):
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
     lora_master = [parameter.detach().clone() for parameter in trainable] if args.lora_ema and args.use_lora else None
     if ema:
-        ema.work_in(half)
+        ema.work_in(target_dtype)
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     rate = args.learning_rate * (global_batch if args.scale_lr else 1)
     optimizer = optim.create_optimizer(
@@ -296,9 +275,7 @@ def main(argv=None):
     # 8 state and resume
     accelerator.register_for_checkpointing(lr_scheduler)
     stored = {"accelerator": accelerator, "unet": unet, "ema": ema, "lora_master": lora_master}
-    checkpoint.use_network_hooks(
-        accelerator, functools.partial(save_networks, **stored), functools.partial(load_networks, **stored)
-    )
+    checkpoint.use_network_hooks(accelerator, sd_export.save_networks, sd_export.load_networks, stored)
     step = saved["step"]
     if resume:
         accelerator.load_state(str(resume))
@@ -309,13 +286,12 @@ def main(argv=None):
               "parameters": sum(parameter.numel() for parameter in student.parameters()),
               "trainable_parameters": sum(parameter.numel() for parameter in trainable), "seed": seed}  # fmt: skip
     log.info("  ".join(f"{name} {value:,}" if name != "seed" else f"seed {value}" for name, value in counts.items()))
-    if is_main:
+    if is_main and not args.dry_run:
         runlog.write_manifest(output, options.public(args), {**facts, **counts})
-    trackers = {"wandb": {"dir": str(output / args.logging_dir)}}
-    accelerator.init_trackers(args.tracker_project_name, options.public(args), init_kwargs=trackers)
+    runlog.start_trackers(accelerator, args.tracker_project_name, options.public(args), output / args.logging_dir)
     snr_table = splam.log_snr_table(alphas_cumprod).to(device) if args.subpath_param == "snr" else None
     guard = optim.FiniteGuard(("latents", "prompt embeddings", "teacher", "target", "student", "loss"), device)
-    run_log = runlog.RunLog(accelerator, output, args.log_every, global_batch, step)
+    run_log = runlog.RunLog(accelerator, None if args.dry_run else output, args.log_every, global_batch, step)
     state = {**facts, "seed": seed, "processes": accelerator.num_processes}
     vae_batch_size = args.vae_encode_batch_size or (8 if parts.is_xl else 32)
     uncond = sd_models.unconditional(parts, blank)
@@ -390,7 +366,7 @@ def main(argv=None):
             if not accelerator.optimizer_step_was_skipped:
                 if ema:
                     ema.update(student.parameters(), args.ema_decay)
-                if lora_master:
+                elif lora_master:
                     optim.lerp_(lora_master, [parameter.detach() for parameter in trainable], args.ema_decay)
         step += 1
         progress.update()
@@ -407,10 +383,12 @@ def main(argv=None):
         received = stop.agreed()
         paused = time.perf_counter()
         if step % args.checkpointing_steps == 0 or received:
-            problem = checkpoint.save_checkpoint(accelerator, output, step, state, batches.position, args.checkpoints_total_limit)
+            problem = checkpoint.save_checkpoint(
+                accelerator, output, step, state, batches.position, args.checkpoints_total_limit
+            )
             log.error(problem) if problem else log.info(f"Saved {output}/checkpoint-{step}.")
         if received:
-            log.warning(f"Stopped by signal {received} after step {step}; --resume_from_checkpoint=latest goes on from there.")
+            log.warning(f"Stopped by signal {received} after step {step}; go on with --resume_from_checkpoint=latest.")
             accelerator.end_training()
             sys.exit(128 + received)
 

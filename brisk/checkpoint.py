@@ -43,7 +43,7 @@ def damage(folder):
     """Why `folder` cannot be resumed from, in a few words, or None if it is complete."""
     folder = Path(folder)
     try:
-        files = json.loads((folder / MARKER).read_text())["files"]
+        files = dict(json.loads((folder / MARKER).read_text())["files"])
     except FileNotFoundError:
         return "it was not finished"
     except (OSError, ValueError, KeyError, TypeError):
@@ -96,23 +96,23 @@ def check_same(state, **settings):
 
 
 def read_rank_state(folder, rank):
-    """What rank `rank` gave to `save_checkpoint` as `rank_state`, or None if there was no such rank."""
-    path = Path(folder) / f"rank_state_{rank}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    """What rank `rank` gave to `save_checkpoint` as `rank_state`; rank 0's if there was no such rank, None without any."""
+    paths = (Path(folder) / f"rank_state_{number}.json" for number in (rank, 0))
+    return next((json.loads(path.read_text()) for path in paths if path.is_file()), None)
 
 
-def use_network_hooks(accelerator, save, load):
-    """Let `save(folder)` and `load(folder)` store the networks in place of accelerate's own files.
+def use_network_hooks(accelerator, save, load, arguments):
+    """Let `save(folder, **arguments)` and `load` store the networks in place of accelerate's own files.
 
     `save` is called on every rank; both get the checkpoint folder as a Path.
     """
 
     def save_hook(models, weights, folder):
-        save(Path(folder))
+        save(Path(folder), **arguments)
         weights.clear()
 
     def load_hook(models, folder):
-        load(Path(folder))
+        load(Path(folder), **arguments)
         models.clear()
 
     accelerator.register_save_state_pre_hook(save_hook)
@@ -155,7 +155,7 @@ def save_checkpoint(accelerator, output_dir, step, state, rank_state, total_limi
         if problem or not fine:
             shutil.rmtree(temporary, ignore_errors=True)
         elif total_limit:
-            _prune(output_dir, total_limit)
+            _prune(output_dir, total_limit, final)
     if not _all_ranks_fine(accelerator, problem):
         reason = " ".join(str(problem or "another process failed").split())
         return f"checkpoint-{step} could not be saved in {output_dir}: {reason}; earlier checkpoints are kept."
@@ -163,7 +163,9 @@ def save_checkpoint(accelerator, output_dir, step, state, rank_state, total_limi
 
 
 def _publish(temporary, final, state):
-    files = {str(path.relative_to(temporary)): path.stat().st_size for path in sorted(temporary.rglob("*")) if path.is_file()}
+    files = {
+        str(path.relative_to(temporary)): path.stat().st_size for path in sorted(temporary.rglob("*")) if path.is_file()
+    }
     for path in [*temporary.rglob("*"), temporary]:
         _sync(path)
     # a folder of this name can only be a damaged one that was skipped, or one that this run repeats
@@ -173,11 +175,11 @@ def _publish(temporary, final, state):
     write_atomically(final / MARKER, json.dumps({**state, "files": files}, indent=1))
 
 
-def _prune(output_dir, limit):
-    """Delete the oldest complete checkpoints above `limit`, and every incomplete one older than the newest."""
+def _prune(output_dir, limit, saved):
+    """Delete all complete checkpoints but `saved` and the `limit` - 1 newest others, and the broken ones older than it."""
     folders = sorted((f for f in output_dir.glob("checkpoint-*") if step_of(f) is not None), key=step_of)
-    complete = [folder for folder in folders if damage(folder) is None]
-    broken = [folder for folder in folders if folder not in complete and step_of(folder) < step_of(complete[-1])]
+    complete = [folder for folder in folders if damage(folder) is None and folder != saved] + [saved]
+    broken = [folder for folder in folders if folder not in complete and step_of(folder) < step_of(saved)]
     for folder in broken + complete[:-limit]:
         # without its marker it counts as unfinished from here on, even if the deletion is cut short
         (folder / MARKER).unlink(missing_ok=True)

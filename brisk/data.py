@@ -8,6 +8,7 @@ import itertools
 import math
 import queue
 import re
+import signal
 import tarfile
 import threading
 from collections import Counter
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from brisk.options import UserError
+from brisk.options import UserError, redact
 from brisk.samples import MANIFEST_KEY, Skip, check_manifest, metadata_of, read_file_sample
 from brisk.seeding import derive
 
@@ -29,9 +30,12 @@ def expand_shards(spec):
     import braceexpand
 
     try:
-        return [url for part in spec.split("::") for url in braceexpand.braceexpand(part) if url]
+        urls = [url for part in spec.split("::") for url in braceexpand.braceexpand(part) if url]
     except braceexpand.UnbalancedBracesError:
-        raise UserError(f"the shard list '{spec}' has unbalanced braces.") from None
+        raise UserError(f"the shard list '{redact(spec)}' has unbalanced braces.") from None
+    if not urls:
+        raise UserError(f"the shard list '{spec}' names no shard.")
+    return urls
 
 
 def read_shard(url):
@@ -61,9 +65,9 @@ def read_first_manifest(urls):
     try:
         first = next(read_shard(urls[0]), {})
     except (OSError, tarfile.TarError) as error:
-        raise UserError(f"the precomputed shard {urls[0]} cannot be read: {error}.") from None
+        raise UserError(redact(f"the precomputed shard {urls[0]} cannot be read: {error}.")) from None
     if first.get("__key__") != MANIFEST_KEY:
-        raise UserError(f"{urls[0]} holds no manifest: it was not made by scripts/precompute_latents.py.")
+        raise UserError(redact(f"{urls[0]} holds no manifest: it was not made by scripts/precompute_latents.py."))
     return metadata_of(first)
 
 
@@ -199,21 +203,24 @@ class ShardBatches(IterableDataset):
 
     def _groups(self, stream, ordinal, offset):
         """((shard ordinal, place in shard), raw sample) from that place on, for ever."""
-        failures, patience = 0, min(100, max(3, len(self.urls)))
+        # the only good shard may come first in one pass and last in the next
+        failures, patience = 0, min(100, max(3, 2 * len(self.urls)))
         for number in itertools.count(ordinal):
-            url, place, problem = self._url(stream, number), -1, "it holds no sample"
+            url, place, problem = self._url(stream, number), 0, "it holds no sample"
             try:
-                for place, raw in enumerate(read_shard(url)):
+                for raw in read_shard(url):
                     if raw["__key__"] == MANIFEST_KEY and self.manifest is not None:
                         check_manifest(metadata_of(raw), self.manifest)
-                    elif number > ordinal or place >= offset:
-                        yield (number, place), raw
+                        continue
+                    place += 1
+                    if number > ordinal or place > offset:
+                        yield (number, place - 1), raw
             except (OSError, EOFError, tarfile.TarError) as error:
                 problem = " ".join(str(error).split()) or type(error).__name__
-                self.notes.append(f"shard {url} is broken after {place + 1} samples: {problem}")
-            failures = 0 if place >= 0 else failures + 1
+                self.notes.append(redact(f"shard {url} is broken after {place} samples: {problem}"))
+            failures = 0 if place else failures + 1
             if failures >= patience:
-                raise UserError(f"{failures} shards in a row gave no sample; the last one is {url}: {problem}.")
+                raise UserError(redact(f"{failures} shards in a row gave no sample; the last one is {url}: {problem}."))
 
     def __iter__(self):
         return _guard(self._batches())
@@ -241,6 +248,53 @@ class ShardBatches(IterableDataset):
             used = 0
 
 
+class OnePass(IterableDataset):
+    """Every sample of a source once (`copies` times), divided over processes and workers; for preparing data."""
+
+    def __init__(self, sources, decode, copies, seed, rank, world_size):
+        """`sources`: (path, caption) pairs of `samples.list_folder`, or shard URLs."""
+        self.sources, self.decode, self.copies, self.seed = sources, decode, copies, seed
+        self.rank, self.world_size = rank, world_size
+
+    def _raw(self, source):
+        if not isinstance(source, str):
+            yield read_file_sample(*source)
+            return
+        try:
+            yield from read_shard(source)
+        except (OSError, EOFError, tarfile.TarError) as error:
+            raise Skip(f"broken shard {source} ({error})") from None
+
+    def __iter__(self):
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        mine = range(self.rank * workers + worker, len(self.sources), self.world_size * workers)
+        for number in mine:
+            try:
+                for place, raw in enumerate(self._raw(self.sources[number])):
+                    for copy in range(self.copies):
+                        rng = np.random.default_rng(derive(self.seed, "once", number, place, copy))
+                        yield self._decoded(raw, rng)
+            except Skip as reason:
+                yield {"skip": str(reason)}
+
+    def _decoded(self, raw, rng):
+        try:
+            return self.decode(raw, rng)
+        except Skip as reason:
+            return {"skip": str(reason)}
+
+
+def _outlive_stop(worker):
+    """Let a loader process ignore the first SIGTERM or SIGINT: sent to the whole group, it is the main process's to heed."""
+
+    def obey_the_next(number, frame):
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, obey_the_next)
+
+
 class TrainingBatches:
     """Iterator over batches that knows its position and counts skipped samples."""
 
@@ -249,7 +303,7 @@ class TrainingBatches:
         self.position = {**dataset.position, "cursors": dict(dataset.position["cursors"])}
         self.samples_per_batch, self.say, self.skipped = samples_per_batch, say, Counter()
         loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, pin_memory=pin_memory,
-                            prefetch_factor=4 if num_workers else None)  # fmt: skip
+                            prefetch_factor=4 if num_workers else None, worker_init_fn=_outlive_stop)  # fmt: skip
         self.batches = iter(loader)
 
     def __iter__(self):

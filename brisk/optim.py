@@ -27,7 +27,9 @@ class EMA:
         self.master = [parameter.detach() for parameter in network.parameters()]
 
     def work_in(self, dtype):
-        """Keep the float32 master aside and let `network` work in `dtype`."""
+        """Keep the float32 master aside and let `network` work in `dtype`; call it after a change of memory format."""
+        # a new memory format gave the network new storage, which the master of a float32 network has to share
+        self.master = [parameter.detach() for parameter in self.network.parameters()]
         if dtype != torch.float32:
             self.master = [parameter.clone() for parameter in self.master]
             self.network.to(dtype)

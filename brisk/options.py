@@ -24,7 +24,7 @@ def run(main, argv=None):
         main(argv)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or error.exit_code != 2:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
 
 
@@ -58,9 +58,7 @@ def number(kind, low=None, high=None, above=None):
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"'{text}' is not {'a whole' if kind is int else 'a'} number") from None
-        if not (
-            (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
-        ):
+        if not ((low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)):
             bounds = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
             bounds += [f"greater than {above}"] * (above is not None)
             raise argparse.ArgumentTypeError(f"{text} is out of range, it must be {' and '.join(bounds)}")
@@ -110,7 +108,8 @@ def find_config(name, folder):
 
 def _config_tokens(path, known):
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        # every value stays the text that was written: `mixed_precision: no` is not a boolean
+        values = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -122,7 +121,7 @@ def _config_tokens(path, known):
             raise UserError(f"--config {path} has an unknown key '{key}'{_nearest(name, known)}.")
         if isinstance(value, (dict, list)):
             raise UserError(f"--config {path}: '{key}' must be a single value.")
-        if value is not None:
+        if value not in ("", "~", "null"):
             tokens += [f"--{name}={value}"]
     return tokens
 
@@ -136,6 +135,7 @@ def parse(parser, argv=None, config_folder="configs"):
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     name = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     name.add_argument("--config")
+    name.error = parser.error
     chosen, rest = name.parse_known_args(argv)
     tokens = _config_tokens(find_config(chosen.config, config_folder), list(actions)) if chosen.config else []
     args, unknown = parser.parse_known_args(tokens + rest)
@@ -167,11 +167,17 @@ PROMPTS = (
 
 
 def read_prompts(given):
-    """Validation prompts: the lines of a text file, the parts of a `|`-separated string, or four built-in ones."""
+    """Validation prompts: the lines of a text file, the parts of a `|`-separated string, or four built-in ones.
+
+    Raises UserError where there is none.
+    """
     if not given:
         return list(PROMPTS)
     lines = Path(given).read_text().splitlines() if os.path.isfile(given) else given.split("|")
-    return [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--validation_prompts '{given}' holds no prompt.")
+    return prompts
 
 
 def read_counts(flag, text):
@@ -187,7 +193,9 @@ def read_counts(flag, text):
 
 SECRETS = (
     (re.compile(r"\bhf_[A-Za-z0-9]{6,}"), "<secret>"),
-    (re.compile(r"(?i)\b(bearer|basic)\s+[^\s\"']+"), r"\1 <secret>"),
+    (re.compile(r"(?i)\b(bearer|authorization:\s*\w+)\s+[^\s\"']+"), r"\1 <secret>"),
+    (re.compile(r"(?i)\b([\w-]*(?:token|secret|api-?key):\s*)[^\s\"']+"), r"\1<secret>"),
+    (re.compile(r"(?<=\s)(-u\s*|--user[\s=]+)[^\s:]+:[^\s\"']+"), r"\1<secret>"),
     (re.compile(r"(?i)\b([\w-]*(?:token|secret|password|signature|credential|api_?key)[\w-]*=)[^&\s\"':]+"), r"\1<secret>"),
     (re.compile(r"://[^/\s:@]+:[^/\s@]+@"), "://<secret>@"),
 )  # fmt: skip
@@ -204,8 +212,11 @@ def redact(text, *literals):
 
 
 def public(args):
-    """The options as a plain dict fit to be logged: without `hub_token`, secrets inside values replaced."""
-    values = {name: value for name, value in sorted(vars(args).items()) if name != "hub_token"}
+    """The options as a plain dict fit to be logged, or to be given as `--config` again.
+
+    Without `hub_token`, and secrets inside values replaced.
+    """
+    values = {name: value for name, value in sorted(vars(args).items()) if name not in ("hub_token", "config")}
     token = getattr(args, "hub_token", None)
     return {
         name: redact(value, token) if isinstance(value, str) else value
@@ -271,7 +282,10 @@ def add_data_options(parser):
     """Where images and captions come from, and how they are cut."""
     group = parser.add_argument_group("data (one source)")
     add = group.add_argument
-    add("--train_shards_path_or_url", help="WebDataset shards: paths, URLs or pipe:COMMAND, braces expanded, '::' between")
+    add(
+        "--train_shards_path_or_url",
+        help="WebDataset shards: paths, URLs or pipe:COMMAND, braces expanded, '::' between",
+    )
     add("--train_data_dir", help="folder of images with metadata.jsonl, metadata.csv or sidecar .txt captions")
     add("--precomputed_shards", help="shards of latents and embeddings made by scripts/precompute_latents.py")
     add("--resolution", type=COUNT, help="the shorter side is resized to it, then cropped; default 512, SDXL 1024")

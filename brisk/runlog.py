@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from brisk.checkpoint import write_atomically
-from brisk.options import UserError
+from brisk.options import UserError, redact
 
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
 
@@ -52,7 +52,7 @@ def setup_logging(accelerator):
         def emit(self, record):
             from tqdm import tqdm
 
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(redact(self.format(record)), file=sys.stderr)
 
     handler = Handler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
@@ -63,9 +63,9 @@ def setup_logging(accelerator):
     return logger
 
 
-def open_output(accelerator, output_dir):
+def open_output(rank, output_dir):
     """Create the output folder and prove that it can be written; UserError if not."""
-    probe = Path(output_dir) / f".write-test-{accelerator.process_index}"
+    probe = Path(output_dir) / f".write-test-{rank}"
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         probe.write_text("")
@@ -73,6 +73,13 @@ def open_output(accelerator, output_dir):
     except OSError as error:
         raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror}.") from None
     return Path(output_dir)
+
+
+def start_trackers(accelerator, project, options, folder):
+    """Start the trackers of the run; their files go below `folder`. Args: `options` are the public ones."""
+    if accelerator.log_with:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    accelerator.init_trackers(project, options, init_kwargs={"wandb": {"dir": str(folder)}})
 
 
 def allow_fast_maths(tf32):
@@ -93,12 +100,15 @@ class RunLog:
     """Sums loss terms on the device and reads them once per interval: no host synchronisation in between."""
 
     def __init__(self, accelerator, output_dir, log_every, images_per_step, first_step=0):
-        """`images_per_step` over all processes. Rows of metrics.jsonl after `first_step` are of a lost run: dropped."""
+        """`images_per_step` over all processes; no file without `output_dir`.
+
+        Rows of metrics.jsonl after `first_step` belong to a lost run and are dropped.
+        """
         self.accelerator, self.log_every, self.images_per_step = accelerator, log_every, images_per_step
-        self.path = Path(output_dir) / "metrics.jsonl"
+        self.path = Path(output_dir) / "metrics.jsonl" if output_dir and accelerator.is_main_process else None
         self.sums, self.counts, self.waited = {}, {}, 0.0
         self.since, self.last_step = time.perf_counter(), first_step
-        if accelerator.is_main_process:
+        if self.path:
             self._drop_rows_after(first_step)
 
     def _drop_rows_after(self, step):
@@ -106,9 +116,16 @@ class RunLog:
         for line in self.path.read_text().splitlines() if self.path.is_file() and step else []:
             try:
                 kept += [line] if json.loads(line)["step"] <= step else []
-            except (ValueError, KeyError):  # a line cut short by a kill
+            except (ValueError, KeyError, TypeError):  # a line cut short by a kill
                 continue
         write_atomically(self.path, "".join(line + "\n" for line in kept))
+
+    def _append(self, line):
+        try:
+            with open(self.path, "a") as file:
+                file.write(line)
+        except OSError as error:  # a full disk must not end the run
+            logging.getLogger("brisk").warning(f"{self.path} could not be written: {error.strerror}.")
 
     def next_batch(self, batches):
         """`next(batches)`, its time counted as waiting for data."""
@@ -145,13 +162,11 @@ class RunLog:
         row["images_per_second"] = round(steps * self.images_per_step / max(seconds, 1e-9), 3)
         row["data_wait_share"] = round(reduced[-1], 4)
         row["peak_memory_gib"] = round(peak_memory()[0], 3)
-        if self.accelerator.is_main_process:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
-            status = "  ".join(f"{name} {_short(value)}" for name, value in row.items())
-            logging.getLogger("brisk").info(status)
-            if progress is not None:
-                progress.set_postfix_str(f"loss {_short(row.get('loss', float('nan')))}", refresh=False)
+        if self.path:
+            self._append(json.dumps(row) + "\n")
+        logging.getLogger("brisk").info("  ".join(f"{name} {_short(value)}" for name, value in row.items()))
+        if progress is not None:
+            progress.set_postfix_str(f"loss {_short(row.get('loss', float('nan')))}", refresh=False)
         self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
         self.sums, self.counts, self.waited = {}, {}, 0.0
         self.since, self.last_step = time.perf_counter(), step

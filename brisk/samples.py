@@ -34,6 +34,13 @@ def metadata_of(raw):
     return values if isinstance(values, dict) else {}
 
 
+def _as_number(kind, value):
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise Skip("unusable metadata") from None
+
+
 def caption_of(raw, metadata, rng):
     """The caption: first of text, txt, caption, else the json's; of a list, a random element. Raises Skip."""
     for suffix in CAPTION_SUFFIXES:
@@ -97,12 +104,12 @@ class ImageCaptions:
         metadata = metadata_of(raw)
         caption = caption_of(raw, metadata, rng)
         if self.max_pwatermark is not None and metadata.get("pwatermark") is not None:
-            if float(metadata["pwatermark"]) > self.max_pwatermark:
+            if _as_number(float, metadata["pwatermark"]) > self.max_pwatermark:
                 raise Skip("pwatermark above the limit")
         image = decode_image(raw)
-        height = metadata.get("original_height") or metadata.get("height") or image.height
-        width = metadata.get("original_width") or metadata.get("width") or image.width
-        if self.min_size is not None and min(int(height), int(width)) < self.min_size:
+        height = _as_number(int, metadata.get("original_height") or metadata.get("height") or image.height)
+        width = _as_number(int, metadata.get("original_width") or metadata.get("width") or image.width)
+        if self.min_size is not None and min(height, width) < self.min_size:
             raise Skip("smaller than the minimum size")
         pixels, crop = resize_and_crop(image, self.resolution, self.interpolation, self.center_crop, rng)
         if self.random_flip and rng.random() < 0.5:
@@ -110,14 +117,19 @@ class ImageCaptions:
         if rng.random() < self.proportion_empty_prompts:
             caption = ""
         ids = {f"input_ids_{i}": row for i, row in enumerate(self.tokenize(caption))}
-        sizes = {"original_size": torch.tensor([int(height), int(width)]), "crop_top_left": torch.tensor(crop)}
+        sizes = {"original_size": torch.tensor([height, width]), "crop_top_left": torch.tensor(crop)}
         return {"pixels": pixels, **ids, **sizes}
 
 
 class CachedLatents:
     """Callable: raw sample of a precomputed shard -> latent moments and prompt embeddings."""
 
-    ARRAYS = {"latent.npy": "moments", "prompt.npy": "prompt_embeds", "pooled.npy": "pooled", "time_ids.npy": "time_ids"}
+    ARRAYS = {
+        "latent.npy": "moments",
+        "prompt.npy": "prompt_embeds",
+        "pooled.npy": "pooled",
+        "time_ids.npy": "time_ids",
+    }
 
     def __init__(self, manifest, proportion_empty_prompts=0.0):
         """`manifest` is what every shard must have been made with (see `check_manifest`)."""
@@ -129,10 +141,9 @@ class CachedLatents:
         for suffix, name in self.ARRAYS.items():
             if suffix in raw:
                 try:
-                    array = np.load(io.BytesIO(raw[suffix]), allow_pickle=False)
-                except ValueError:
+                    sample[name] = torch.from_numpy(np.load(io.BytesIO(raw[suffix]), allow_pickle=False))
+                except Exception:  # ValueError, EOFError, TypeError, zipfile's own
                     raise Skip("unreadable array") from None
-                sample[name] = torch.from_numpy(array)
         if "moments" not in sample or "prompt_embeds" not in sample:
             raise Skip("no latent or no prompt")
         sample["empty"] = torch.tensor(rng.random() < self.proportion_empty_prompts)
@@ -144,7 +155,9 @@ def check_manifest(found, wanted):
     different = [name for name in wanted if found.get(name) != wanted[name]]
     if different:
         details = ", ".join(f"{name} {found.get(name)} instead of {wanted[name]}" for name in different)
-        raise UserError(f"the precomputed shards are stale ({details}); make them again with scripts/precompute_latents.py.")
+        raise UserError(
+            f"the precomputed shards are stale ({details}); make them again with scripts/precompute_latents.py."
+        )
 
 
 def list_folder(folder):
@@ -172,12 +185,15 @@ def _read_metadata(folder):
     captions = {}
     for path in [*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")]:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            rows = csv.DictReader(lines) if path.suffix == ".csv" else [json.loads(line) for line in lines if line.strip()]
+            with open(path, encoding="utf-8-sig", newline="") as lines:
+                is_csv = path.suffix == ".csv"
+                rows = list(csv.DictReader(lines)) if is_csv else [json.loads(line) for line in lines if line.strip()]
             for row in rows:
                 text = row.get("text") or row.get("caption")
+                if not isinstance(text, (str, type(None))):
+                    raise TypeError(f"text is {text}")
                 captions[path.parent / row["file_name"]] = text
-        except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
             raise UserError(f"{path} cannot be read: every row needs file_name and text ({error!r}).") from None
     return captions
 

@@ -1,13 +1,14 @@
 """What a Stable Diffusion run writes: pipelines in memory and on disk, sample grids, LoRA files, the model card."""
 
 import itertools
+import json
 
 import torch
 
 from brisk import runlog
 from brisk.checkpoint import write_atomically
 from brisk.options import UserError
-from brisk.sd_models import lora_state
+from brisk.sd_models import load_lora_state, lora_state, save_network
 
 CARD = """---
 base_model: {teacher}
@@ -22,21 +23,19 @@ something else than images.
 
 ```python
 {snippet}
-image = pipe("{prompt}", num_inference_steps=4, guidance_scale=1).images[0]
+image = pipe({prompt}, num_inference_steps=4, guidance_scale=1).images[0]
 ```
 
 {steps} optimizer steps of {batch} images at {resolution} px, N = {n}, {loss} loss, learning rate {lr}; every option is in
 `train_config.yaml`, versions and hardware in `run_manifest.json`.
 """
 SNIPPETS = {
-    "full": """import torch
-from diffusers import DiffusionPipeline
+    "full": """from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{name}", torch_dtype=torch.float32)""",
-    "lora": """import torch
-from diffusers import DiffusionPipeline, LCMScheduler
+pipe = DiffusionPipeline.from_pretrained("{name}")""",
+    "lora": """from diffusers import DiffusionPipeline, LCMScheduler
 
-pipe = DiffusionPipeline.from_pretrained("{teacher}", torch_dtype=torch.float32)
+pipe = DiffusionPipeline.from_pretrained("{teacher}")
 pipe.scheduler = LCMScheduler.from_pretrained("{name}", subfolder="scheduler")
 pipe.load_lora_weights("{name}")""",
 }  # fmt: skip
@@ -129,6 +128,50 @@ def save_lora(folder, unet, config, is_xl):
     cls.save_lora_weights(folder, unet_lora_layers=lora_state(unet), unet_lora_adapter_metadata=plain)
 
 
+def save_networks(folder, accelerator, unet, ema, lora_master):
+    """Write the networks of a checkpoint (called on every rank): online and target U-Net, or the adapters."""
+    from safetensors.torch import save_file
+
+    state = accelerator.get_state_dict(unet)
+    network = accelerator.unwrap_model(unet)
+    if not accelerator.is_main_process:
+        return
+    if ema:
+        save_network(network, folder / "unet", state)
+        save_network(ema.network, folder / "unet_target", ema.state_dict())
+    else:
+        (folder / "unet_lora").mkdir(parents=True, exist_ok=True)
+        save_file(lora_state(network), folder / "unet_lora/adapter_model.safetensors")
+        if lora_master:
+            save_file(
+                {str(number): tensor for number, tensor in enumerate(lora_master)},
+                folder / "unet_lora/target.safetensors",
+            )
+
+
+def load_networks(folder, accelerator, unet, ema, lora_master):
+    """Read back what `save_networks` wrote. Raises UserError where it is of other networks than this run's."""
+    from safetensors.torch import load_file
+
+    network = accelerator.unwrap_model(unet)
+    try:
+        if ema:
+            network.load_state_dict(load_file(folder / "unet/diffusion_pytorch_model.safetensors"))
+            ema.load_state_dict(load_file(folder / "unet_target/diffusion_pytorch_model.safetensors"))
+            return
+        adapters, stored = load_file(folder / "unet_lora/adapter_model.safetensors"), {}
+        if lora_master:
+            stored = load_file(folder / "unet_lora/target.safetensors")
+        load_lora_state(network, adapters)
+        for number, tensor in enumerate(lora_master or []):
+            tensor.copy_(stored[str(number)])
+    except (RuntimeError, KeyError, OSError) as error:
+        raise UserError(
+            f"the networks in {folder} do not fit this run (another teacher, --unet_time_cond_proj_dim or --lora_... ?): "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from None
+
+
 def export(output, parts, student, ema, lora_config, scheduler, card):
     """Write what stock diffusers loads: a complete pipeline and `unet_target`, or LoRA weights and their scheduler.
 
@@ -141,9 +184,12 @@ def export(output, parts, student, ema, lora_config, scheduler, card):
             save_lora(output, student, lora_config, parts.is_xl)
             scheduler.save_pretrained(output / "scheduler")
         else:
-            ema.network.save_pretrained(output / "unet_target", state_dict=ema.state_dict())
+            save_network(ema.network, output / "unet_target", ema.state_dict())
             build_pipeline(parts, student, scheduler).save_pretrained(output)
-        write_atomically(output / "README.md", CARD.format(kind=kind, snippet=snippet, **card))
+        text = CARD.format(
+            **card | {"kind": kind, "snippet": snippet, "prompt": json.dumps(card["prompt"], ensure_ascii=False)}
+        )
+        write_atomically(output / "README.md", text)
     except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
         raise UserError(
             f"the final model could not be written to {output}: {' '.join(str(error).split())}; the checkpoints are "

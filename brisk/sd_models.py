@@ -11,6 +11,7 @@ import torch
 
 from brisk.options import UserError
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COND_PROJ = "time_embedding.cond_proj.weight"
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
@@ -46,7 +47,9 @@ def _pipeline_index(source, options):
         ) from None
     name = index.get("_class_name", "")
     if not name.startswith(("StableDiffusion", "LatentConsistencyModel")) or "unet" not in index:
-        raise UserError(f"--pretrained_teacher_model {source} is a {name or 'nameless pipeline'}, not a Stable Diffusion one.")
+        raise UserError(
+            f"--pretrained_teacher_model {source} is a {name or 'nameless pipeline'}, not a Stable Diffusion one."
+        )
     return index
 
 
@@ -58,7 +61,7 @@ def _load_network(cls, source, subfolder, options):
         if config.get("_class_name") != cls.__name__:
             raise UserError(f"{where} holds a {config.get('_class_name')}, not a {cls.__name__}.")
         network, report = cls.from_pretrained(
-            source, subfolder=subfolder, torch_dtype=torch.float32, output_loading_info=True, **options
+            source, subfolder=subfolder, dtype=torch.float32, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{where} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
@@ -199,7 +202,9 @@ def encode_prompts(parts, input_ids):
     """
     if not parts.is_xl:
         return parts.text_encoders[0](input_ids[0])[0], None
-    outputs = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(parts.text_encoders, input_ids, strict=True)]
+    outputs = [
+        encoder(ids, output_hidden_states=True) for encoder, ids in zip(parts.text_encoders, input_ids, strict=True)
+    ]
     return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1][0]
 
 
@@ -220,7 +225,10 @@ def condition(parts, embeddings, sizes, batch_size):
     prompt_embeds, pooled = embeddings
     arguments = {"encoder_hidden_states": prompt_embeds.expand(batch_size, -1, -1)}
     if parts.is_xl:
-        arguments["added_cond_kwargs"] = {"text_embeds": pooled.expand(batch_size, -1), "time_ids": sizes.expand(batch_size, -1)}
+        arguments["added_cond_kwargs"] = {
+            "text_embeds": pooled.expand(batch_size, -1),
+            "time_ids": sizes.expand(batch_size, -1),
+        }
     return arguments
 
 
@@ -258,8 +266,8 @@ def encode_batch(parts, batch, blank, noise_generator, resolution, vae_batch_siz
     if "moments" in batch:
         mean, std = batch["moments"].float().unbind(1)
         hidden = batch["empty"].view(-1, 1, 1)
-        embeddings = torch.where(hidden, blank[0].to(batch["prompt_embeds"].dtype), batch["prompt_embeds"])
-        pooled = torch.where(hidden[:, 0], blank[1].to(batch["pooled"].dtype), batch["pooled"]) if parts.is_xl else None
+        embeddings = torch.where(hidden, blank[0], batch["prompt_embeds"].to(blank[0].dtype))
+        pooled = torch.where(hidden[:, 0], blank[1], batch["pooled"].to(blank[1].dtype)) if parts.is_xl else None
         sizes = batch.get("time_ids")
     else:
         mean, std = latent_moments(parts.vae, batch["pixels"], vae_batch_size)
@@ -276,7 +284,7 @@ def vae_dtype(wanted, mixed_precision, has_own_vae, is_xl):
     if wanted == "auto":
         half_is_safe = has_own_vae or not is_xl
         wanted = {"bf16": "bf16", "fp16": "fp16" if half_is_safe else "fp32"}.get(mixed_precision, "fp32")
-    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[wanted]
+    return DTYPES[wanted]
 
 
 def check_resolution(parts, resolution):
@@ -302,13 +310,24 @@ def create_student(teacher, cond_dim, cond_proj_init):
     """
     from diffusers import UNet2DConditionModel
 
-    student = UNet2DConditionModel.from_config({**teacher.config, "time_cond_proj_dim": cond_dim})
+    # from_config would take the entries that are listed there for absent, and older configs lack time_cond_proj_dim
+    config = {name: value for name, value in teacher.config.items() if name != "_use_default_values"}
+    student = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": cond_dim})
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     if set(missing) - {COND_PROJ} or unexpected:
         raise UserError(f"the teacher's U-Net does not fit its own config: missing {missing}, unexpected {unexpected}.")
     if cond_proj_init == "zero" and COND_PROJ in missing:
         torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
     return student
+
+
+def save_network(network, folder, state):
+    """Write a diffusers network's config and the weights `state` (not its own ones) as one file for `from_pretrained`."""
+    from safetensors.torch import save_file
+
+    network.save_config(folder)
+    weights = {name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(weights, Path(folder) / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
 def add_lora(unet, rank, alpha, dropout, target_modules):
@@ -344,6 +363,15 @@ def lora_state(unet):
     from peft.utils import get_peft_model_state_dict
 
     return get_peft_model_state_dict(unet)
+
+
+def load_lora_state(unet, state):
+    """Load what `lora_state` returned; RuntimeError where the adapters are others."""
+    from peft.utils import set_peft_model_state_dict
+
+    if set(state) != set(lora_state(unet)):
+        raise RuntimeError("the adapters sit on other modules")
+    set_peft_model_state_dict(unet, state)
 
 
 def fingerprint(network):

@@ -194,7 +194,10 @@ class SyntheticBatches:
 
     def __init__(self, tokenize, batch_size, resolution):
         self.position, self.skipped = {"samples": 0}, {}
-        sizes = {"original_size": torch.full((batch_size, 2), resolution), "crop_top_left": torch.zeros(batch_size, 2).long()}
+        sizes = {
+            "original_size": torch.full((batch_size, 2), resolution),
+            "crop_top_left": torch.zeros(batch_size, 2).long(),
+        }
         ids = {f"input_ids_{i}": row.expand(batch_size, -1) for i, row in enumerate(tokenize(CAPTION))}
         pixels = torch.full((batch_size, 3, resolution, resolution), 128, dtype=torch.uint8)
         self.batch = {"pixels": pixels, **ids, **sizes}

@@ -17,10 +17,10 @@ if [ ! -x .venv/bin/python ]; then
     }
 fi
 WANTED="$(cat requirements.txt pyproject.toml | sha256sum | cut -d' ' -f1)"
-STAMP=".venv/installed${EXTRA:+-$EXTRA}"
-if [ "$(cat "$STAMP" 2>/dev/null || true)" != "$WANTED" ]; then
+# a stamp per set of extras: what holds an extra holds the plain requirements too
+if ! grep -qsx "$WANTED" .venv/installed${EXTRA:+-$EXTRA} $([ -n "$EXTRA" ] || echo .venv/installed-*); then
     echo "Installing the requirements into .venv ..."
     .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt -e ".${EXTRA:+[$EXTRA]}"
-    echo "$WANTED" > "$STAMP"
+    echo "$WANTED" > ".venv/installed${EXTRA:+-$EXTRA}"
 fi
 export PATH="$ROOT/.venv/bin:$PATH"

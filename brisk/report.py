@@ -1,0 +1,107 @@
+"""A measurement as people read it: a text table, one picture, and a page that needs no network."""
+
+import base64
+import html
+import json
+from pathlib import Path
+
+from brisk.checkpoint import write_atomically
+
+COLUMNS = ("digit", "foreground", "background", "all", "frechet", "seconds_per_image", "network_calls")
+
+
+def rows_of(figures):
+    """[(model, steps, measurement)] of {"model": {"steps": measurement}}, the order kept."""
+    return [(model, steps, row) for model, by_steps in figures.items() for steps, row in by_steps.items()]
+
+
+def _cells(row):
+    cells = []
+    for name in COLUMNS:
+        text = f"{row[name]:.4f}" if name == "seconds_per_image" else f"{row[name]:.3g}"
+        if name in row.get("spread", {}):
+            text = f"{row[name]:.3f} ± {row['spread'][name]:.3f}"
+        cells.append(text)
+    return [*cells, row.get("scheduler", "")]
+
+
+def text_table(figures):
+    """The measurements as an aligned text table."""
+    lines = [["model", "steps", *COLUMNS, "scheduler"]]
+    lines += [[model, steps, *_cells(row)] for model, steps, row in rows_of(figures)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def draw_picture(path, figures, pictures, prompts, title):
+    """Samples of every row beside plots of agreement and Frechet distance over network evaluations.
+
+    Args: `pictures` {(model, steps): list of PIL images}, one per prompt of `prompts`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [(model, steps) for model, steps, _ in rows_of(figures)]
+    columns = len(prompts)
+    figure = plt.figure(figsize=(15, 0.62 * len(rows) + 1.6))
+    left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
+    axes = left.subplots(len(rows), columns, squeeze=False, gridspec_kw={"wspace": 0.04, "hspace": 0.06})
+    for line, key in zip(axes, rows, strict=True):
+        for axis, image in zip(line, pictures[key], strict=True):
+            axis.imshow(image)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        steps = f"{key[1]} step" + "s" * (key[1] != "1")
+        line[0].set_ylabel(f"{key[0]}\n{steps}", rotation=0, ha="right", va="center", fontsize=9)
+    for axis, prompt in zip(axes[0], prompts, strict=True):
+        words = prompt.split()
+        axis.set_title(f"{words[1]} {words[3]}\non {words[6]}", fontsize=8)
+    quality, distance = right.subplots(2, 1, sharex=True)
+    for model, by_steps in figures.items():
+        points = sorted((row["network_calls"], row["all"], row["frechet"]) for row in by_steps.values())
+        calls, agreement, frechet = zip(*points, strict=True)
+        quality.plot(calls, agreement, "o-", label=model)
+        distance.plot(calls, frechet, "o-", label=model)
+    quality.set(ylabel="images that show all three as asked", ylim=(0, 1.02), xscale="log")
+    distance.set(ylabel="Frechet distance to held-out images", yscale="log", xlabel="U-Net evaluations per image")
+    for axis in (quality, distance):
+        axis.grid(alpha=0.3)
+    quality.legend()
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
+td, th {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right }}
+td:nth-child(-n+2), th:nth-child(-n+2), td:last-child, th:last-child {{ text-align: left }}
+img {{ max-width: 100% }} pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto }}
+</style></head><body><h1>{title}</h1>{notes}
+<table><tr>{head}</tr>{body}</table><p><img alt="samples and plots" src="data:image/png;base64,{picture}"></p>
+<h2>How it was measured</h2><pre>{facts}</pre></body></html>
+"""
+
+
+def write_report(folder, title, figures, facts, notes, pictures, prompts):
+    """Write report.json (`figures` and `facts`), report.png and report.html into `folder`; returns the text table."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_picture(folder / "report.png", figures, pictures, prompts, title)
+    write_atomically(folder / "report.json", json.dumps({**figures, **facts}, indent=1) + "\n")
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in (model, steps, *_cells(row))) + "</tr>"
+        for model, steps, row in rows_of(figures)
+    )
+    page = PAGE.format(
+        title=html.escape(title), notes="".join(f"<p>{html.escape(note)}</p>" for note in notes), body=body,
+        head="".join(f"<th>{name.replace('_', ' ')}</th>" for name in ("model", "steps", *COLUMNS, "scheduler")),
+        picture=base64.b64encode((folder / "report.png").read_bytes()).decode(),
+        facts=html.escape(json.dumps(facts, indent=1)),
+    )  # fmt: skip
+    write_atomically(folder / "report.html", page)
+    return text_table(figures)

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Distil the built-in teacher to a few steps and measure the result: bash scripts/quickstart.sh [training flags]
+# Needs no GPU and no download of models or data. Leaves a pipeline and a report in outputs/quickstart/.
+# QUICKSTART_OUT: another folder. QUICKSTART_EVALUATE: flags for evaluate.py.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup.sh
+OUT="${QUICKSTART_OUT:-outputs/quickstart}"
+CORES="$(nproc 2>/dev/null || sysctl -n hw.ncpu)"
+HALF=$(( CORES > 1 ? CORES / 2 : 1 ))
+mkdir -p "$OUT"
+
+echo "== 1/4 real data: handwritten digits in colours, as WebDataset shards"
+python scripts/make_tiny_teacher.py --shards "$OUT/shards"
+
+echo "== 2/4 encode images and captions once"
+OMP_NUM_THREADS="$CORES" python scripts/precompute_latents.py --pretrained_teacher_model assets/tiny-teacher \
+    --train_shards_path_or_url "$OUT/shards/handwriting-{00000..00005}.tar" --resolution 32 --batch_size 64 \
+    --output_dir "$OUT/latents"
+
+echo "== 3/4 distil: SLAM here; beside it, on the other half of the cores, LCM with the same budget (log: $OUT/lcm.log)"
+train() {
+    accelerate launch --cpu --num_processes 1 --num_cpu_threads_per_process "$HALF" train_splam_distill_sd_wds.py \
+        --config tiny_digits --precomputed_shards "$OUT/latents/latents-00-{00000..00005}.tar" "$@"
+}
+train --output_dir "$OUT/lcm" --subpath_param paper --gamma_one_prob 1 "$@" > "$OUT/lcm.log" 2>&1 &
+LCM=$!
+trap 'kill $LCM 2>/dev/null || true' EXIT
+train --output_dir "$OUT" "$@"
+wait $LCM || { echo "error: the LCM run failed; the end of $OUT/lcm.log:" >&2; tail -5 "$OUT/lcm.log" >&2; exit 1; }
+
+echo "== 4/4 sample and measure"
+# shellcheck disable=SC2086
+OMP_NUM_THREADS="$CORES" python evaluate.py --model "student=$OUT" --model "lcm=$OUT/lcm" --output_dir "$OUT" \
+    ${QUICKSTART_EVALUATE:-}
+echo "The distilled pipeline is in $OUT: DiffusionPipeline.from_pretrained(\"$OUT\"), guidance_scale=1."

@@ -1,0 +1,149 @@
+"""What the script tests share: tiny teachers, shards, the SLAM script called in this process or in its own."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "train_splam_distill_sd_wds.py"
+SOURCES = ("--train_shards_path_or_url", "--train_data_dir", "--precomputed_shards", "--config")
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def read_rows(output):
+    """The rows of a run's metrics.jsonl."""
+    path = Path(output) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def environment(**changes):
+    """The environment of a child process: one thread, this repository importable, no launcher's or hub's settings."""
+    foreign = ("ACCELERATE_", "HF_", "WANDB_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false", **changes}  # fmt: skip
+
+
+def free_port():
+    """A TCP port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folders of tiny random pipelines by family: sd1, sd2 (v-prediction, zero terminal SNR), sdxl."""
+    from brisk import tiny
+
+    folder = tmp_path_factory.mktemp("models")
+    for family in ("sd1", "sd2", "sdxl"):
+        tiny.make_pipeline(family).save_pretrained(folder / family)
+    return {family: folder / family for family in ("sd1", "sd2", "sdxl")}
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """The brace list of two shards of 16 synthetic pictures."""
+    from brisk import tiny
+
+    folder = tmp_path_factory.mktemp("shards")
+    tiny.write_shards(folder)
+    return f"{folder}/synthetic-{{00000..00001}}.tar"
+
+
+@pytest.fixture(scope="session")
+def base_flags(models, shards):
+    """A function: (flags, family) -> a complete command line of two steps; later flags win over these."""
+
+    def flags(*more, family="sd1"):
+        more = [str(flag) for flag in more]
+        data = [] if any(flag.startswith(SOURCES) for flag in more) else [f"--train_shards_path_or_url={shards}"]
+        return [f"--pretrained_teacher_model={models[family]}", *data, "--resolution=32", "--train_batch_size=2",
+                "--max_train_steps=2", "--log_every=1", "--validation_steps=0", "--report_to=none", "--seed=7",
+                "--unet_time_cond_proj_dim=16" if "--use_lora" not in more else "--lora_rank=4", *more]  # fmt: skip
+
+    return flags
+
+
+@pytest.fixture(scope="session")
+def run_main(base_flags, tmp_path_factory):
+    """Train in this process: run_main(flag, ..., family=, output=) -> output folder, metrics rows, what stderr got.
+
+    Errors pass through; `run_main.log()` is the stderr of the last run, also of a failed one.
+    """
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+
+    import train_splam_distill_sd_wds as script
+
+    torch.set_num_threads(1)
+    last = {}
+
+    def run(*flags, family="sd1", output=None):
+        output = Path(output or tmp_path_factory.mktemp("run") / "out")
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        stderr = last["stderr"] = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(stderr):
+                script.main(base_flags(f"--output_dir={output}", *flags, family=family))
+        finally:
+            AcceleratorState._reset_state(True)
+            GradientState._reset_state()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return SimpleNamespace(output=output, rows=read_rows(output), log=stderr.getvalue())
+
+    run.log = lambda: last["stderr"].getvalue()
+    return run
+
+
+@pytest.fixture
+def start_script(base_flags, tmp_path):
+    """Start the script in a process of its own: start_script(flags, family=, before=, env=, preexec_fn=) -> Popen.
+
+    Its stderr goes to a file, `process.err()` reads it. `bare` leaves the standard flags out. All is killed at the end.
+    """
+    started = []
+
+    def start(*flags, family="sd1", before=(), env=None, bare=False, **popen):
+        given = [str(flag) for flag in flags] if bare else base_flags(*flags, family=family)
+        log = tmp_path / f"stderr-{len(started)}.txt"
+        with open(log, "w") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, *before, str(SCRIPT), *given], env=environment(**env or {}), stderr=stderr,
+                stdout=subprocess.DEVNULL, start_new_session=True, **popen,
+            )  # fmt: skip
+        process.err = lambda: log.read_text()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.fixture
+def run_script(start_script):
+    """Run the script to its end in a process of its own -> (exit code, stderr)."""
+
+    def run(*flags, **options):
+        process = start_script(*flags, **options)
+        code = process.wait(timeout=120)
+        return code, process.err()
+
+    return run
