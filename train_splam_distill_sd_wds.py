@@ -28,7 +28,12 @@ def parse_args(argv=None):
     add("--variant", help="weight variant of the teacher's files, e.g. fp16")
     group = parser.add_argument_group("method (arXiv 2404.13903)")
     add = group.add_argument
-    add("--w_scale", type=float, default=8.0, help="guidance w of cond + w (cond - uncond); a pipeline's scale minus 1")
+    add(
+        "--w_scale",
+        type=options.number(float),
+        default=8.0,
+        help="w of cond + w (cond - uncond): a pipeline's scale minus 1",
+    )
     add("--num_ddim_timesteps", type=options.COUNT, default=50, help="N, the teacher's solver steps")
     add("--loss_type", choices=("l2", "huber"), default="l2", help="distance of the consistency loss")
     add("--huber_c", type=options.POSITIVE, default=1e-3, help="width of the Huber loss")
@@ -83,7 +88,7 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    """Raise UserError for options that contradict each other."""
+    """The numbers of validation steps; UserError for options that contradict each other."""
     sources = [args.train_shards_path_or_url, args.train_data_dir, args.precomputed_shards]
     if sum(source is not None for source in sources) != 1 and not args.dry_run:
         raise options.UserError("give one of --train_shards_path_or_url, --train_data_dir and --precomputed_shards.")
@@ -93,6 +98,15 @@ def check_args(args):
         )
     if args.wds_max_pwatermark is not None and args.train_data_dir:
         raise options.UserError("--wds_max_pwatermark needs the json files of shards; an image folder has none.")
+    if args.use_lora and args.teacher_dtype in ("fp16", "bf16"):
+        raise options.UserError("--use_lora shares the teacher's weights: --teacher_dtype must be auto or fp32.")
+    steps = options.read_counts("--validation_num_inference_steps", args.validation_num_inference_steps)
+    if args.validation_steps and max(steps) > args.num_ddim_timesteps:
+        raise options.UserError(
+            f"--validation_num_inference_steps {max(steps)} is above --num_ddim_timesteps {args.num_ddim_timesteps}: "
+            "the model knows no more steps than that."
+        )
+    return steps
 
 
 def effects(args, mixed_precision):
@@ -101,7 +115,8 @@ def effects(args, mixed_precision):
     lora = {name: (args.use_lora, "--use_lora") for name in
             ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_ema")}  # fmt: skip
     online = {name: (folder_or_shards, "online encoding (--precomputed_shards is set)") for name in
-              ("center_crop", "random_flip", "interpolation_type", "wds_min_size", "wds_max_pwatermark", "vae_encode_batch_size")}  # fmt: skip
+              ("center_crop", "random_flip", "interpolation_type", "wds_min_size", "wds_max_pwatermark",
+               "vae_encode_batch_size")}  # fmt: skip
     full = {name: (not args.use_lora, "full training (--use_lora is set)") for name in
             ("unet_time_cond_proj_dim", "gamma_embed_scale", "cond_proj_init")}  # fmt: skip
     return lora | online | full | {
@@ -109,6 +124,7 @@ def effects(args, mixed_precision):
         "lr_warmup_steps": (args.lr_scheduler != "constant", "an --lr_scheduler other than constant"),
         "ema_decay": (not args.use_lora or args.lora_ema, "--lora_ema (--use_lora is set)"),
         "cast_teacher_unet": (mixed_precision in ("fp16", "bf16"), "--mixed_precision fp16 or bf16"),
+        "mixed_precision": (args.mixed_precision in (None, mixed_precision), "a GPU: float32 is used (bf16 works on CPUs)"),
         "hub_token": (args.push_to_hub, "--push_to_hub"),
         "hub_model_id": (args.push_to_hub, "--push_to_hub"),
         "num_train_epochs": (not args.max_train_steps, "leaving out --max_train_steps"),
@@ -169,8 +185,7 @@ def make_student(args, teacher, warn):
 def main(argv=None):
     # 1 options
     args, given = parse_args(argv)
-    check_args(args)
-    step_counts = options.read_counts("--validation_num_inference_steps", args.validation_num_inference_steps)
+    step_counts = check_args(args)
     prompts = options.read_prompts(args.validation_prompts)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
@@ -184,9 +199,10 @@ def main(argv=None):
     # 2 accelerator and seeds and log
     project = ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir))
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=runlog.usable_precision(args.mixed_precision),
         log_with=runlog.check_trackers("none" if args.dry_run else args.report_to), project_config=project,
     )  # fmt: skip
+    runlog.check_processes(accelerator)
     device, rank, is_main = accelerator.device, accelerator.process_index, accelerator.is_main_process
     output, log = runlog.open_output(rank, args.output_dir), runlog.setup_logging(accelerator)
     stop = checkpoint.StopSignal(accelerator)
@@ -234,7 +250,8 @@ def main(argv=None):
     student.to(device).train()
     ema = None if args.use_lora else optim.EMA(copy.deepcopy(student))
     target_dtype = torch.float32 if args.use_lora else half
-    networks = {"target": student if args.use_lora else ema.network, "online": student}
+    target_net = student if args.use_lora else ema.network
+    networks = {"online": student} if args.use_lora else {"target": target_net, "online": student}
     use_xformers = args.enable_xformers_memory_efficient_attention
     for network in {teacher, *networks.values()}:
         sd_models.speed_up(network, args.channels_last, use_xformers, args.compile, log.warning)
@@ -258,12 +275,13 @@ def main(argv=None):
     )  # fmt: skip
 
     # 6 data
-    position = data.start_position()
+    source = seeding.derive(seed, args.train_shards_path_or_url, args.train_data_dir, args.precomputed_shards)
+    position = data.start_position(source)
     if resume:
         position = data.continue_position(
             checkpoint.read_rank_state(resume, rank), saved["step"] * args.gradient_accumulation_steps,
             args.dataloader_num_workers, saved["processes"] == accelerator.num_processes, args.train_data_dir,
-            args.data_resume, log.warning,
+            args.data_resume, log.warning, source,
         )  # fmt: skip
     batches, folder_size = open_batches(args, parts, manifest, resolution, accelerator, seed, position, log.warning)
     max_steps = saved["step"] + 1 if args.dry_run else plan_steps(args, folder_size, accelerator.num_processes)
@@ -293,7 +311,6 @@ def main(argv=None):
     guard = optim.FiniteGuard(("latents", "prompt embeddings", "teacher", "target", "student", "loss"), device)
     run_log = runlog.RunLog(accelerator, None if args.dry_run else output, args.log_every, global_batch, step)
     state = {**facts, "seed": seed, "processes": accelerator.num_processes}
-    vae_batch_size = args.vae_encode_batch_size or (8 if parts.is_xl else 32)
     uncond = sd_models.unconditional(parts, blank)
     fixed_sizes = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]], device=device)
     progress = tqdm(total=max_steps, initial=step, desc="SLAM", unit="step", disable=not is_main, dynamic_ncols=True)
@@ -310,7 +327,7 @@ def main(argv=None):
 
             # 10b encode or read cache
             latents, embeddings, sizes = sd_models.encode_batch(
-                parts, batch, blank, draw, resolution, vae_batch_size, accelerator.autocast()
+                parts, batch, blank, draw, resolution, args.vae_encode_batch_size, accelerator.autocast()
             )
             size = len(latents)
             sizes = fixed_sizes if args.use_fix_crop_and_size else sizes
@@ -336,7 +353,7 @@ def main(argv=None):
             )
             embedded = splam.gamma_embedding(torch.ones_like(gamma), cond_dim, args.gamma_embed_scale)
             with torch.no_grad(), accelerator.autocast(), optim.swapped(trainable, lora_master):
-                target_out = sd_models.predict(networks["target"], target_dtype, x_end, end, cond, embedded)
+                target_out = sd_models.predict(target_net, target_dtype, x_end, end, cond, embedded)
             target_x0, _ = schedules.to_x0_eps(target_out, x_end, a_end, s_end, prediction_type)
             target = splam.consistency_output(x_end, target_x0, end, args.timestep_scaling_factor)
 
@@ -388,7 +405,8 @@ def main(argv=None):
             )
             log.error(problem) if problem else log.info(f"Saved {output}/checkpoint-{step}.")
         if received:
-            log.warning(f"Stopped by signal {received} after step {step}; go on with --resume_from_checkpoint=latest.")
+            advice = "this step is not saved" if problem else "go on with --resume_from_checkpoint=latest"
+            log.warning(f"Stopped by signal {received} after step {step}; {advice}.")
             accelerator.end_training()
             sys.exit(128 + received)
 
@@ -404,12 +422,12 @@ def main(argv=None):
     if args.dry_run:
         log.info("Dry run: one step on synthetic data was taken, nothing was saved.")
     elif is_main:
-        if half != torch.float32:  # the components as the teacher has them, not as they were cast
+        if half != torch.float32 and not args.use_lora:  # the components as the teacher has them, not as they were cast
             parts = load_parts()
         card = {"teacher": args.pretrained_teacher_model, "name": repo_id or output.name, "w": args.w_scale, "steps": max_steps,
                 "batch": global_batch, "resolution": resolution, "n": args.num_ddim_timesteps, "loss": args.loss_type,
                 "lr": rate, "prompt": prompts[0]}  # fmt: skip
-        sd_export.export(output, parts, accelerator.unwrap_model(unet), ema, lora_config, scheduler, card)
+        sd_export.export(output, parts, accelerator.unwrap_model(unet), ema, lora_config, lora_master, scheduler, card)
         log.info(f"Saved the distilled model in {output}.")
         if repo_id:
             hub.upload(output, repo_id, args.hub_token, args.logging_dir)

@@ -129,9 +129,9 @@ def total_steps(epochs, images_per_epoch, batch_size, processes, workers, accumu
     return epochs * math.ceil(batches / accumulation)
 
 
-def start_position():
-    """The position of a run that has seen nothing."""
-    return {"batches": 0, "samples": 0, "workers": None, "cursors": {}, "fresh_from": 0}
+def start_position(source=None):
+    """The position of a run that has seen nothing of `source` (a hash of where the data is and of the seed)."""
+    return {"batches": 0, "samples": 0, "workers": None, "cursors": {}, "fresh_from": 0, "source": source}
 
 
 def _guard(batches):
@@ -263,7 +263,7 @@ class OnePass(IterableDataset):
         try:
             yield from read_shard(source)
         except (OSError, EOFError, tarfile.TarError) as error:
-            raise Skip(f"broken shard {source} ({error})") from None
+            raise Skip(redact(f"broken shard {source} ({error})")) from None
 
     def __iter__(self):
         info = get_worker_info()
@@ -301,7 +301,7 @@ class TrainingBatches:
     def __init__(self, dataset, num_workers, pin_memory, samples_per_batch, say):
         """`samples_per_batch` over all ranks; `say` takes messages about broken shards."""
         self.position = {**dataset.position, "cursors": dict(dataset.position["cursors"])}
-        self.samples_per_batch, self.say, self.skipped = samples_per_batch, say, Counter()
+        self.samples_per_batch, self.say, self.skipped, self.announce_at = samples_per_batch, say, Counter(), 1
         loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, pin_memory=pin_memory,
                             prefetch_factor=4 if num_workers else None, worker_init_fn=_outlive_stop)  # fmt: skip
         self.batches = iter(loader)
@@ -316,6 +316,10 @@ class TrainingBatches:
         for note in batch.pop("notes", []):
             self.say(note)
         self.skipped.update(batch.pop("skipped"))
+        if self.skipped.total() >= self.announce_at:
+            self.announce_at = 2 * self.skipped.total()
+            why = ", ".join(f"{count} x {reason}" for reason, count in self.skipped.most_common())
+            self.say(f"Samples skipped so far: {why}.")
         moved = batch.pop("position")
         self.position["workers"] = moved.pop("workers")
         self.position["cursors"].update(moved)
@@ -324,15 +328,20 @@ class TrainingBatches:
         return batch
 
 
-def continue_position(saved, step_batches, workers, same_ranks, is_folder, mode, say):
+def continue_position(saved, step_batches, workers, same_ranks, is_folder, mode, say, source=None):
     """The position to resume from: exact where it can be, else fresh shards.
 
-    Args: `saved` as stored by this rank or None; `step_batches` batches consumed so far; `mode` is `--data_resume`.
-    A folder goes on exactly at any number of workers and processes; a stream needs the same numbers of both.
+    Args: `saved` as stored by this rank or None; `step_batches` batches consumed so far; `mode` is `--data_resume`;
+    `source` names data and seed. A folder goes on exactly at any number of workers and processes; a stream needs the
+    same numbers of both.
     """
+    fresh = {**start_position(source), "fresh_from": step_batches}
+    if saved is not None and saved.get("source") != source:
+        say("The data source or the seed changed: the data starts afresh.")
+        return fresh
     exact = saved is not None and (is_folder or (same_ranks and saved["workers"] in (None, max(workers, 1))))
     if exact and (is_folder or mode == "skip"):
         return saved
     if mode == "skip":
         say("The numbers of processes or loader workers changed: the shard stream starts afresh.")
-    return {**start_position(), "fresh_from": step_batches}
+    return fresh

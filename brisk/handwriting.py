@@ -88,9 +88,10 @@ def draw_from(strokes: torch.Tensor, digits: torch.Tensor, count: int, generator
     offset = torch.randint(1, len(COLOURS), (count,), generator=generator)
     backgrounds = (foregrounds + offset) % len(COLOURS)
     digits = digits[which]
+    rows = zip(digits.tolist(), foregrounds.tolist(), backgrounds.tolist(), strict=True)
     return {
         "images": tint(strokes[which], foregrounds, backgrounds),
-        "captions": [caption(*item) for item in zip(digits.tolist(), foregrounds.tolist(), backgrounds.tolist())],
+        "captions": [caption(*item) for item in rows],
         "digits": digits,
         "foregrounds": foregrounds,
         "backgrounds": backgrounds,

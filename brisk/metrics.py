@@ -6,8 +6,8 @@ import numpy as np
 def gaussian_frechet(mu1, cov1, mu2, cov2) -> float:
     """Squared Frechet distance |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) between two Gaussians, in float64.
 
-    Means are (D,), covariances (D, D) symmetric; arrays or CPU tensors. Raises ValueError for other shapes and for values
-    that are not finite."""
+    Means are (D,), covariances (D, D) symmetric; arrays or CPU tensors. Raises ValueError for other shapes and for
+    values that are not finite."""
     mu1, cov1, mu2, cov2 = (np.asarray(value, dtype=np.float64) for value in (mu1, cov1, mu2, cov2))
     size = mu1.shape[0] if mu1.ndim == 1 else -1
     if mu2.shape != (size,) or cov1.shape != (size, size) or cov2.shape != (size, size):
@@ -31,7 +31,8 @@ def frechet_distance(features_a, features_b) -> float:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"Features must be (N, D) and (M, D) with the same D, got {a.shape} and {b.shape}.")
     if min(len(a), len(b)) < a.shape[1] + 1:
-        raise ValueError(f"Features of {a.shape[1]} dimensions need at least {a.shape[1] + 1} samples on each side, got {len(a)} and {len(b)}.")
+        needed = f"{a.shape[1]} dimensions need at least {a.shape[1] + 1} samples on each side"
+        raise ValueError(f"Features of {needed}, got {len(a)} and {len(b)}.")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("Features must be finite.")
     cov_a, cov_b = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (a, b))

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import os
 import re
 import sys
@@ -23,8 +24,12 @@ def run(main, argv=None):
     try:
         main(argv)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or error.exit_code != 2:
-            print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
+        if "tqdm" in sys.modules:  # end the line of a progress bar
+            for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+                bar.close()
+        rank = os.environ.get("RANK", "0")
+        where = f"[process {rank}] " if rank != "0" else ""
+        print(f"{where}error: {redact(str(error))}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
 
 
@@ -51,11 +56,13 @@ def boolean(text):
 
 
 def number(kind, low=None, high=None, above=None):
-    """An argparse type: `kind` (int or float) within [low, high], or greater than `above`."""
+    """An argparse type: a finite `kind` (int or float) within [low, high], or greater than `above`."""
 
     def convert(text):
         try:
             value = kind(text)
+            if not math.isfinite(value):
+                raise ValueError
         except ValueError:
             raise argparse.ArgumentTypeError(f"'{text}' is not {'a whole' if kind is int else 'a'} number") from None
         if not ((low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)):
@@ -129,7 +136,8 @@ def _config_tokens(path, known):
 def parse(parser, argv=None, config_folder="configs"):
     """Parse `argv` over the YAML file of `--config` over the defaults.
 
-    Returns (namespace, names of the flags that were given in either place). Raises UserError.
+    Returns (namespace, names of the flags that were given in either place and are not at their default).
+    Raises UserError.
     """
     argv = _with_underscores(sys.argv[1:] if argv is None else list(argv))
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
@@ -146,7 +154,7 @@ def parse(parser, argv=None, config_folder="configs"):
             raise UserError(f"'{unknown[0]}' is not a flag and belongs to none; quote values that contain spaces.")
         raise UserError(f"unknown flag {flag}{_nearest(flag, [f'--{known}' for known in actions])}.")
     given = {token[2:].split("=")[0] for token in tokens + rest if token.startswith("--")}
-    return args, given
+    return args, {name for name in given if getattr(args, name) != parser.get_default(name)}
 
 
 def without_effect(given, rules):

@@ -45,9 +45,11 @@ def draw_picture(path, figures, pictures, prompts, title):
 
     rows = [(model, steps) for model, steps, _ in rows_of(figures)]
     columns = len(prompts)
-    figure = plt.figure(figsize=(15, 0.62 * len(rows) + 1.6))
-    left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1))
-    axes = left.subplots(len(rows), columns, squeeze=False, gridspec_kw={"wspace": 0.04, "hspace": 0.06})
+    tall = 0.66 * len(rows) + 1.2
+    figure = plt.figure(figsize=(0.66 * columns + 7.6, tall))
+    left, right = figure.subfigures(1, 2, width_ratios=(0.66 * columns + 1.4, 6.2))
+    spacing = {"wspace": 0.05, "hspace": 0.05, "left": 0.19, "right": 0.99, "bottom": 0.03, "top": 1 - 1.0 / tall}
+    axes = left.subplots(len(rows), columns, squeeze=False, gridspec_kw=spacing)
     for line, key in zip(axes, rows, strict=True):
         for axis, image in zip(line, pictures[key], strict=True):
             axis.imshow(image)
@@ -58,17 +60,17 @@ def draw_picture(path, figures, pictures, prompts, title):
     for axis, prompt in zip(axes[0], prompts, strict=True):
         words = prompt.split()
         axis.set_title(f"{words[1]} {words[3]}\non {words[6]}", fontsize=8)
-    quality, distance = right.subplots(2, 1, sharex=True)
+    quality, distance = right.subplots(2, 1, sharex=True, gridspec_kw={"top": 1 - 0.7 / tall, "bottom": 0.09})
     for model, by_steps in figures.items():
         points = sorted((row["network_calls"], row["all"], row["frechet"]) for row in by_steps.values())
         calls, agreement, frechet = zip(*points, strict=True)
         quality.plot(calls, agreement, "o-", label=model)
         distance.plot(calls, frechet, "o-", label=model)
-    quality.set(ylabel="images that show all three as asked", ylim=(0, 1.02), xscale="log")
-    distance.set(ylabel="Frechet distance to held-out images", yscale="log", xlabel="U-Net evaluations per image")
+    quality.set(ylabel="agreement with the prompt", ylim=(0, 1.03), xscale="log")
+    distance.set(ylabel="Fréchet distance to real images", yscale="log", xlabel="U-Net evaluations per image")
     for axis in (quality, distance):
         axis.grid(alpha=0.3)
-    quality.legend()
+    quality.legend(loc="lower right")
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import math
 import os
 import platform
 import resource
@@ -44,6 +45,23 @@ def quiet_libraries():
         library.utils.logging.disable_progress_bar()
 
 
+def usable_precision(wanted):
+    """What the Accelerator is to be given for `--mixed_precision`: float32 in place of fp16 where there is only a CPU."""
+    wanted = wanted or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return "no" if wanted == "fp16" and not has_gpu else wanted
+
+
+def check_processes(accelerator):
+    """UserError where a launcher started several processes and each believes to be alone: they would overwrite each other."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise UserError(
+            f"{started} processes were launched and this one sees {accelerator.num_processes}: on CPUs set "
+            "ACCELERATE_USE_CPU=true, or launch with a config file such as configs/accelerate/two_cpu.yaml."
+        )
+
+
 def setup_logging(accelerator):
     """A logger whose messages stand above the progress bar; only the main process speaks below ERROR."""
     quiet_libraries()
@@ -79,7 +97,11 @@ def start_trackers(accelerator, project, options, folder):
     """Start the trackers of the run; their files go below `folder`. Args: `options` are the public ones."""
     if accelerator.log_with:
         Path(folder).mkdir(parents=True, exist_ok=True)
-    accelerator.init_trackers(project, options, init_kwargs={"wandb": {"dir": str(folder)}})
+    given, sys.argv = sys.argv, sys.argv[:1]  # wandb records the command line, a --hub_token in it included
+    try:
+        accelerator.init_trackers(project, options, init_kwargs={"wandb": {"dir": str(folder)}})
+    finally:
+        sys.argv = given
 
 
 def allow_fast_maths(tf32):
@@ -162,8 +184,9 @@ class RunLog:
         row["images_per_second"] = round(steps * self.images_per_step / max(seconds, 1e-9), 3)
         row["data_wait_share"] = round(reduced[-1], 4)
         row["peak_memory_gib"] = round(peak_memory()[0], 3)
-        if self.path:
-            self._append(json.dumps(row) + "\n")
+        if self.path:  # strict JSON has no NaN
+            finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+            self._append(json.dumps(finite) + "\n")
         logging.getLogger("brisk").info("  ".join(f"{name} {_short(value)}" for name, value in row.items()))
         if progress is not None:
             progress.set_postfix_str(f"loss {_short(row.get('loss', float('nan')))}", refresh=False)

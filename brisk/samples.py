@@ -111,9 +111,9 @@ class ImageCaptions:
         width = _as_number(int, metadata.get("original_width") or metadata.get("width") or image.width)
         if self.min_size is not None and min(height, width) < self.min_size:
             raise Skip("smaller than the minimum size")
-        pixels, crop = resize_and_crop(image, self.resolution, self.interpolation, self.center_crop, rng)
         if self.random_flip and rng.random() < 0.5:
-            pixels = pixels.flip(2)
+            image = ImageOps.mirror(image)  # before the crop, so that its offset is that of the flipped image
+        pixels, crop = resize_and_crop(image, self.resolution, self.interpolation, self.center_crop, rng)
         if rng.random() < self.proportion_empty_prompts:
             caption = ""
         ids = {f"input_ids_{i}": row for i, row in enumerate(self.tokenize(caption))}

@@ -21,7 +21,7 @@ class HandwritingOracle(nn.Module):
             stages += [
                 nn.Conv2d(channels, out, 3, stride=1, padding=1), nn.BatchNorm2d(out), nn.SiLU(),
                 nn.Conv2d(out, out, 3, stride=2, padding=1), nn.BatchNorm2d(out), nn.SiLU(),
-            ]
+            ]  # fmt: skip
             channels = out
         self.trunk = nn.Sequential(*stages)
         self.project = nn.Linear(channels * 4 * 4, feature_dim)
@@ -64,7 +64,7 @@ def load_oracle(folder: str | Path) -> HandwritingOracle:
 
 @torch.no_grad()
 def prompt_agreement(oracle, images, digits, foregrounds, backgrounds) -> dict[str, float]:
-    """Fraction of images (N, 3, 32, 32) in [-1, 1] whose digit, foreground and background (N,) the oracle reads as asked.
+    """Fraction of images (N, 3, 32, 32) in [-1, 1] in which the oracle reads the given labels, each (N,).
 
     Returns {"digit", "foreground", "background", "all"}; "all" counts images that agree in all three."""
     wanted = {"digit": digits, "foreground": foregrounds, "background": backgrounds}
@@ -76,7 +76,7 @@ def prompt_agreement(oracle, images, digits, foregrounds, backgrounds) -> dict[s
     device = next(oracle.parameters()).device
     hits = {}
     chunks = [oracle(chunk) for chunk in images.to(device, torch.float32).split(256)]
-    for name, logits in zip(wanted, zip(*chunks)):
+    for name, logits in zip(wanted, zip(*chunks, strict=True), strict=True):
         hits[name] = torch.cat(logits).argmax(dim=1).cpu() == torch.as_tensor(wanted[name]).cpu()
     hits["all"] = hits["digit"] & hits["foreground"] & hits["background"]
     return {name: hit.float().mean().item() for name, hit in hits.items()}

@@ -7,6 +7,7 @@ import torch
 
 from brisk import runlog
 from brisk.checkpoint import write_atomically
+from brisk.optim import swapped
 from brisk.options import UserError
 from brisk.sd_models import load_lora_state, lora_state, save_network
 
@@ -114,6 +115,7 @@ def validate(accelerator, parts, networks, scheduler, prompts, step_counts, per_
         runlog.log_images(accelerator, f"validation/{name}-{count}-steps", images, captions, step)
     for module, home in zip(encoders, homes, strict=True):
         module.to(home)
+    torch.cuda.empty_cache()  # sampling's buffers; does nothing without CUDA
 
 
 def save_lora(folder, unet, config, is_xl):
@@ -144,7 +146,7 @@ def save_networks(folder, accelerator, unet, ema, lora_master):
         save_file(lora_state(network), folder / "unet_lora/adapter_model.safetensors")
         if lora_master:
             save_file(
-                {str(number): tensor for number, tensor in enumerate(lora_master)},
+                {str(number): tensor.contiguous() for number, tensor in enumerate(lora_master)},
                 folder / "unet_lora/target.safetensors",
             )
 
@@ -172,7 +174,7 @@ def load_networks(folder, accelerator, unet, ema, lora_master):
         ) from None
 
 
-def export(output, parts, student, ema, lora_config, scheduler, card):
+def export(output, parts, student, ema, lora_config, lora_master, scheduler, card):
     """Write what stock diffusers loads: a complete pipeline and `unet_target`, or LoRA weights and their scheduler.
 
     Args: `ema` and `lora_config`: one of them is None; `card` the values of `CARD`. Raises UserError (exit code 1).
@@ -182,6 +184,9 @@ def export(output, parts, student, ema, lora_config, scheduler, card):
     try:
         if lora_config:
             save_lora(output, student, lora_config, parts.is_xl)
+            if lora_master:
+                with swapped([weight for weight in student.parameters() if weight.requires_grad], lora_master):
+                    save_lora(output / "target", student, lora_config, parts.is_xl)
             scheduler.save_pretrained(output / "scheduler")
         else:
             save_network(ema.network, output / "unet_target", ema.state_dict())

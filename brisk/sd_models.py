@@ -12,6 +12,7 @@ import torch
 from brisk.options import UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+EXTRAS = ("feature_extractor", "image_encoder", "safety_checker")
 COND_PROJ = "time_embedding.cond_proj.weight"
 LORA_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
@@ -80,11 +81,18 @@ def _load_transformers(index, name, source, options):
 
     library, class_name = index[name]
     cls = getattr(transformers, class_name, None) if library == "transformers" else None
+    if name == "safety_checker":
+        from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker as cls
     if cls is None:
         raise UserError(f"{source}: the {name} is a {library}.{class_name}, which is not supported.")
-    if not hasattr(cls, "save_checkpoint") and "Model" not in class_name:  # tokenizers and image processors
-        return cls.from_pretrained(source, subfolder=name, **_without_variant(options))
-    return cls.from_pretrained(source, subfolder=name, dtype=torch.float32, **options).requires_grad_(False).eval()
+    if Path(source).is_dir() and not (Path(source) / name).is_dir():
+        raise UserError(f"{source} has no {name} folder.")
+    try:
+        if not hasattr(cls, "save_checkpoint") and "Model" not in class_name:  # tokenizers and image processors
+            return cls.from_pretrained(source, subfolder=name, **_without_variant(options))
+        return cls.from_pretrained(source, subfolder=name, dtype=torch.float32, **options).requires_grad_(False).eval()
+    except Exception as error:  # the library raises its own, safetensors' and OSError
+        raise UserError(f"{source}/{name} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
 
 
 def load_parts(source, revision=None, variant=None, cache_dir=None, vae_source=None):
@@ -101,18 +109,9 @@ def load_parts(source, revision=None, variant=None, cache_dir=None, vae_source=N
     vae = _load_vae(vae_source, cache_dir) if vae_source else _load_network(AutoencoderKL, source, "vae", options)
     present = [name for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0]]
     scheduler_config = _load_scheduler_config(source, options)
-    try:
-        loaded = {name: _load_transformers(index, name, source, options) for name in present
-                  if name.startswith(("tokenizer", "text_encoder", "feature_extractor", "image_encoder"))}  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    extras = {name: part for name, part in loaded.items() if name in ("feature_extractor", "image_encoder")}
-    if "safety_checker" in present:
-        from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-
-        extras["safety_checker"] = StableDiffusionSafetyChecker.from_pretrained(
-            source, subfolder="safety_checker", **options
-        )
+    loaded = {name: _load_transformers(index, name, source, options) for name in present
+              if name.startswith(("tokenizer", "text_encoder", *EXTRAS))}  # fmt: skip
+    extras = {name: loaded[name] for name in EXTRAS if name in loaded}
     if unet.config.in_channels != vae.config.latent_channels:
         raise UserError(
             f"{source}: the U-Net takes {unet.config.in_channels} channels and the VAE gives {vae.config.latent_channels}."
@@ -127,9 +126,14 @@ def load_parts(source, revision=None, variant=None, cache_dir=None, vae_source=N
 
 
 def _load_vae(source, cache_dir):
+    """The VAE at the root of a folder or hub repository, or in its `vae` subfolder."""
     from diffusers import AutoencoderKL
 
-    subfolder = "vae" if (Path(source) / "vae").is_dir() else None
+    try:
+        config = AutoencoderKL.load_config(source, cache_dir=cache_dir)
+    except (OSError, ValueError):
+        config = {}
+    subfolder = None if config.get("_class_name") == "AutoencoderKL" else "vae"
     return _load_network(AutoencoderKL, source, subfolder, {"cache_dir": cache_dir})
 
 
@@ -244,6 +248,7 @@ def stack_conditions(first, second):
 
 def predict(unet, dtype, x, timesteps, arguments, timestep_cond=None):
     """The U-Net's raw output in float32, called on `x` in `dtype` (float32 for a network that autocast casts)."""
+    arguments = {**arguments, "encoder_hidden_states": arguments["encoder_hidden_states"].to(dtype)}
     return unet(x.to(dtype), timesteps, timestep_cond=timestep_cond, return_dict=False, **arguments)[0].float()
 
 
@@ -270,7 +275,7 @@ def encode_batch(parts, batch, blank, noise_generator, resolution, vae_batch_siz
         pooled = torch.where(hidden[:, 0], blank[1], batch["pooled"].to(blank[1].dtype)) if parts.is_xl else None
         sizes = batch.get("time_ids")
     else:
-        mean, std = latent_moments(parts.vae, batch["pixels"], vae_batch_size)
+        mean, std = latent_moments(parts.vae, batch["pixels"], vae_batch_size or (8 if parts.is_xl else 32))
         with autocast:
             ids = [batch[f"input_ids_{number}"] for number in range(len(parts.tokenizers))]
             embeddings, pooled = encode_prompts(parts, ids)
@@ -359,10 +364,10 @@ def adapters_off(unet, has_adapters):
 
 
 def lora_state(unet):
-    """The adapters' weights under PEFT's own names."""
+    """The adapters' weights under PEFT's own names, in plain memory layout, as safetensors wants them."""
     from peft.utils import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(unet)
+    return {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(unet).items()}
 
 
 def load_lora_state(unet, state):

@@ -112,13 +112,13 @@ def main(argv=None):
     args = parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
-    from accelerate import PartialState
+    from accelerate import Accelerator
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
     from brisk import data, runlog, samples, sd_models
 
-    state = PartialState()
+    state = Accelerator()
     runlog.quiet_libraries()
     runlog.open_output(state.process_index, args.output_dir)
     with state.main_process_first():
@@ -150,7 +150,7 @@ def main(argv=None):
     writer.close()
     reasons = "".join(f", {count} x {reason}" for reason, count in skipped.items())
     print(f"{writer.written} samples written to {args.output_dir}; {sum(skipped.values())} skipped{reasons}.")
-    if not writer.written:
+    if skipped and not writer.written:
         raise options.UserError(f"0 of {sum(skipped.values())} samples usable{reasons}.")
 
 

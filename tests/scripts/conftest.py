@@ -1,6 +1,7 @@
 """What the script tests share: tiny teachers, shards, the SLAM script called in this process or in its own."""
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ SCRIPT = ROOT / "train_splam_distill_sd_wds.py"
 SOURCES = ("--train_shards_path_or_url", "--train_data_dir", "--precomputed_shards", "--config")
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask a network, nor wait for one
 
 
 def read_rows(output):
@@ -99,7 +102,11 @@ def run_main(base_flags, tmp_path_factory):
         try:
             with contextlib.redirect_stderr(stderr):
                 script.main(base_flags(f"--output_dir={output}", *flags, family=family))
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # else the loader's processes live as long as the error
+            raise
         finally:
+            gc.collect()
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
             for number, handler in handlers.items():

@@ -4,18 +4,23 @@ import functools
 import http.server
 import io
 import json
+import os
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 import threading
 
 import numpy as np
 import pytest
 import torch
+from conftest import environment
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from brisk import checkpoint, data, optim, options, tiny
+from brisk import checkpoint, data, options, runlog, splam
 
 
 @pytest.fixture
@@ -116,7 +121,7 @@ def test_script_says_one_line_and_exits_2(flags, words, run_script, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def say_all(models, tmp_path_factory):
+def say_all(tmp_path_factory):
     """A driver script: calls the training script's `run` once per command line of a JSON file, prints the exit codes."""
     path = tmp_path_factory.mktemp("driver") / "driver.py"
     path.write_text("import json, sys\nimport train_splam_distill_sd_wds as script\nfrom brisk import options\n"
@@ -126,14 +131,7 @@ def say_all(models, tmp_path_factory):
     return path
 
 
-def test_faults_found_after_the_imports_are_one_error_line_with_exit_code_2(
-    say_all, base_flags, models, teacher, tmp_path
-):
-    import subprocess
-    import sys
-
-    from conftest import environment
-
+def test_faults_found_after_the_imports_are_one_error_line_with_exit_code_2(say_all, base_flags, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     cases = [
@@ -150,7 +148,7 @@ def test_faults_found_after_the_imports_are_one_error_line_with_exit_code_2(
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     blocks = done.stderr.split("code ")
     for (flags, words), block, following in zip(cases, blocks, blocks[1:], strict=False):
-        errors = [line for line in block.splitlines() if "error: " in line]
+        errors = [line for line in block.replace("\r", "\n").splitlines() if "error: " in line]
         assert len(errors) == 1 and errors[0].startswith("error: "), (flags, block)
         assert all(word in errors[0] for word in words), errors
         assert following.startswith("2"), flags
@@ -219,8 +217,10 @@ def test_output_below_a_file_is_refused(refused, tmp_path):
 
 
 @pytest.mark.parametrize("workers", (0, 2))
-@pytest.mark.parametrize("url", ("{}/none-{{000..004}}.tar", "pipe:curl -s -f http://127.0.0.1:9/{{00..10}}.tar", "{}/empty.tar",
-                                 "pipe:false", "http://127.0.0.1:9/a.tar", "{}/text.tar"))  # fmt: skip
+@pytest.mark.parametrize("url", (
+    "{}/none-{{000..004}}.tar", "pipe:curl -s -f http://127.0.0.1:9/{{00..10}}.tar", "{}/empty.tar", "pipe:false",
+    "http://127.0.0.1:9/a.tar", "{}/text.tar",
+))  # fmt: skip
 def test_shards_without_any_sample_stop_the_run(url, workers, refused, tmp_path):
     write_tar(tmp_path / "empty.tar", [])
     (tmp_path / "text.tar").write_text("this is no archive")
@@ -231,8 +231,8 @@ def test_shards_without_any_sample_stop_the_run(url, workers, refused, tmp_path)
 @pytest.mark.parametrize("workers", (0, 1))
 def test_only_unusable_samples_stop_the_run_with_the_reasons(workers, refused, monkeypatch, tmp_path):
     monkeypatch.setattr(data, "HOPELESS", 40)
-    members = [("0.png", b""), ("0.txt", b"zero bytes"), ("1.txt", b"no picture"), ("2.png", png()), ("3.png", b"nonsense"),
-               ("3.txt", b"x")]  # fmt: skip
+    members = [("0.png", b""), ("0.txt", b"zero bytes"), ("1.txt", b"no picture"), ("2.png", png()),
+               ("3.png", b"nonsense"), ("3.txt", b"x")]  # fmt: skip
     shard = write_tar(tmp_path / "bad.tar", members)
     message = refused(f"--train_shards_path_or_url={shard}", f"--dataloader_num_workers={workers}")
     for reason in ("0 of 40 samples usable", "unreadable image", "no image", "no caption"):
@@ -333,8 +333,6 @@ def test_steps_that_are_not_finite_are_skipped_then_stop_the_run_with_the_terms(
 
 def poison_from(monkeypatch, first, last):
     """Make the loss of the optimizer steps in [first, last] not a number."""
-    from brisk import splam
-
     original, count = splam.distillation_loss, iter(range(1, 10**6))
 
     def loss(*args):
@@ -348,7 +346,8 @@ def test_a_single_bad_step_is_skipped_and_counted_and_leaves_the_weights_finite(
     poison_from(monkeypatch, 2, 2)
     run = run_main("--max_train_steps=4", "--checkpointing_steps=1")
     assert [row["skipped_steps"] for row in run.rows] == [0, 1, 1, 1]
-    states = [load_file(run.output / f"checkpoint-{step}/unet/diffusion_pytorch_model.safetensors") for step in (1, 2, 3)]
+    files = [run.output / f"checkpoint-{step}/unet/diffusion_pytorch_model.safetensors" for step in (1, 2, 3)]
+    states = [load_file(file) for file in files]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0]), "the bad step changed weights"
     assert any(not torch.equal(states[1][name], states[2][name]) for name in states[1])
     assert all(torch.isfinite(value).all() for value in states[2].values())
@@ -370,15 +369,14 @@ def test_run_that_turns_bad_stops_with_its_earlier_checkpoints_intact(flags, run
 def test_bad_run_of_the_script_says_one_line_and_exits_1(run_script, teacher, tmp_path):
     path = teacher / "unet/diffusion_pytorch_model.safetensors"
     save_file({name: value * float("nan") for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
-    code, err = run_script(f"--output_dir={tmp_path / 'out'}", f"--pretrained_teacher_model={teacher}", "--max_train_steps=30")
+    flags = (f"--pretrained_teacher_model={teacher}", "--max_train_steps=30")
+    code, err = run_script(f"--output_dir={tmp_path / 'out'}", *flags)
     errors = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
     assert code == 1 and len(errors) == 1 and "not finite" in errors[0]
     assert "Traceback" not in err
 
 
-def test_full_disk_keeps_the_earlier_checkpoint_and_ends_with_a_clear_sentence(
-    run_script, run_main, base_flags, tmp_path
-):
+def test_full_disk_keeps_the_earlier_checkpoint_and_ends_with_a_clear_sentence(run_script, run_main, tmp_path):
     """A file-size limit below the U-Net's stands for the full disk: writes fail, small files still pass."""
     output = tmp_path / "out"
     first = run_main("--max_train_steps=4", "--checkpointing_steps=2", output=output)
@@ -401,11 +399,6 @@ def test_full_disk_keeps_the_earlier_checkpoint_and_ends_with_a_clear_sentence(
 
 
 def test_stop_signal_with_a_checkpoint_that_cannot_be_saved_does_not_promise_to_go_on(run_main, monkeypatch):
-    import os
-    import signal
-
-    from brisk import runlog, seeding
-
     flush = runlog.RunLog.flush
 
     def flush_and_stop(self, *args, **named):
@@ -417,7 +410,6 @@ def test_stop_signal_with_a_checkpoint_that_cannot_be_saved_does_not_promise_to_
 
     monkeypatch.setattr(runlog.RunLog, "flush", flush_and_stop)
     monkeypatch.setattr(checkpoint, "_publish", no_space)
-    assert seeding and optim and tiny
     with pytest.raises(SystemExit) as stopped:
         run_main("--max_train_steps=4")
     assert stopped.value.code == 143

@@ -119,7 +119,8 @@ def test_shard_lists_are_expanded_with_their_zero_padding():
 def test_shards_are_grouped_by_key_suffix_and_shard(tmp_path):
     members = [
         ("a.jpg", b"1"), ("a.TXT", b"2"), ("b.jpg", b"3"), ("b.jpg", b"4"), ("dir.x", None), ("dir.x/b.jpg", b"5"),
-        ("dir.x/b.latent.npy", b"6"), ("other/b.jpg", b"7"), ("README", b"no suffix"), (".hidden.jpg", b"8"), ("c.txt", b"9"),
+        ("dir.x/b.latent.npy", b"6"), ("other/b.jpg", b"7"), ("README", b"no suffix"), (".hidden.jpg", b"8"),
+        ("c.txt", b"9"),
     ]  # fmt: skip
     groups = list(data.read_shard(write_tar(tmp_path / "a.tar", members)))
     assert groups == [
@@ -162,7 +163,9 @@ def test_an_empty_and_a_nonsense_shard_are_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("url", ["{}/missing.tar", "pipe:exit 22", "pipe:cat {}/missing.tar 2>/dev/null", "{}/empty.tar"])
+@pytest.mark.parametrize(
+    "url", ["{}/missing.tar", "pipe:exit 22", "pipe:cat {}/missing.tar 2>/dev/null", "{}/empty.tar"]
+)
 def test_unreachable_shards_stop_with_one_sentence(tmp_path, url, workers):
     write_tar(tmp_path / "empty.tar", [])
     url = url.format(tmp_path)
@@ -270,11 +273,13 @@ def test_ranks_workers_and_seeds_see_different_orders(tmp_path):
 
 
 def test_the_same_seed_gives_the_same_order_in_another_process(tmp_path, root):
-    urls, code = number_shards(tmp_path), """
+    urls = number_shards(tmp_path)
+    code = """
 import json, sys
 sys.path.insert(0, "tests/unit")
 import test_data
-print(json.dumps([test_data.contents(b) for b, _ in zip(test_data.stream(test_data.shards_of(json.loads(sys.argv[1]))), range(6))]))
+batches = test_data.stream(test_data.shards_of(json.loads(sys.argv[1])))
+print(json.dumps([test_data.contents(next(batches)) for _ in range(6)]))
 """
     done = subprocess.run([sys.executable, "-c", code, json.dumps(urls)], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -383,7 +388,9 @@ def test_fresh_data_on_request_and_a_later_exact_resume_of_it(tmp_path):
     assert expected != start[:3]
     saved = json.loads(json.dumps(fresh.position))
     rest = ids(fresh, 5)
-    assert ids(stream(shards_of(urls, data.continue_position(saved, 7, 0, True, False, "skip", pytest.fail))), 5) == rest
+    assert (
+        ids(stream(shards_of(urls, data.continue_position(saved, 7, 0, True, False, "skip", pytest.fail))), 5) == rest
+    )
 
 
 def test_in_process_loading_and_one_worker_are_interchangeable(tmp_path):

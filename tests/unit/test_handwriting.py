@@ -94,7 +94,7 @@ def test_draw_is_a_function_of_the_seed():
     assert (first["foregrounds"] != first["backgrounds"]).all()
     for name, top in (("digits", 10), ("foregrounds", 8), ("backgrounds", 8)):
         assert set(first[name].tolist()) == set(range(top)), name
-    labels = zip(first["digits"].tolist(), first["foregrounds"].tolist(), first["backgrounds"].tolist())
+    labels = zip(*(first[name].tolist() for name in ("digits", "foregrounds", "backgrounds")), strict=True)
     assert first["captions"] == [handwriting.caption(*label) for label in labels]
 
 
@@ -149,7 +149,8 @@ def test_shards_are_reproducible_and_stale_ones_go(tmp_path):
     assert len(fewer) < len(first) and sorted((tmp_path / "a").iterdir()) == fewer
 
 
-@pytest.mark.parametrize("arguments, name", [({"copies": 0}, "copies"), ({"copies": 57}, "copies"), ({"samples_per_shard": 0}, "samples_per_shard")])
+@pytest.mark.parametrize("arguments, name", [({"copies": 0}, "copies"), ({"copies": 57}, "copies"),
+                                             ({"samples_per_shard": 0}, "samples_per_shard")])  # fmt: skip
 def test_bad_shard_sizes_are_refused(tmp_path, arguments, name):
     with pytest.raises(ValueError, match=name):
         handwriting.write_shards(tmp_path, **arguments)

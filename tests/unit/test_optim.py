@@ -110,12 +110,17 @@ def adamw(parameters, **settings):
 
 def test_optimizer_is_adamw_and_its_fused_form_equals_the_plain_one():
     one, two = network(), network()
-    fused, plain = adamw(one.parameters()), torch.optim.AdamW(two.parameters(), lr=0.1, weight_decay=0.01, foreach=False)
+    fused, plain = (
+        adamw(one.parameters()),
+        torch.optim.AdamW(two.parameters(), lr=0.1, weight_decay=0.01, foreach=False),
+    )
     assert fused.defaults["fused"]
     for seed in range(3):
         for module, optimizer in ((one, fused), (two, plain)):
             for number, parameter in enumerate(module.parameters()):
-                parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(10 * seed + number))
+                parameter.grad = torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(10 * seed + number)
+                )
             optimizer.step()
     torch.testing.assert_close(values(one), values(two), atol=1e-6, rtol=1e-5)
 
@@ -167,7 +172,9 @@ def test_a_first_step_that_is_skipped_does_no_harm():
 
 def test_under_a_gradient_scaler_the_scaler_decides():
     taken = []
-    wrapped = types.SimpleNamespace(scaler=object(), step=lambda: taken.append(1), optimizer=adamw(network().parameters()))
+    wrapped = types.SimpleNamespace(
+        scaler=object(), step=lambda: taken.append(1), optimizer=adamw(network().parameters())
+    )
     optim.step_if_finite(wrapped, torch.tensor(False))
     assert taken == [1]
 

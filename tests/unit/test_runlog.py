@@ -138,7 +138,9 @@ def test_images_reach_tensorboard_as_nhwc_and_wandb_with_captions(monkeypatch):
     from PIL import Image
 
     sent = {}
-    writer = types.SimpleNamespace(add_images=lambda tag, stack, step, dataformats: sent.update(tb=(tag, stack, step, dataformats)))
+    writer = types.SimpleNamespace(
+        add_images=lambda tag, stack, step, dataformats: sent.update(tb=(tag, stack, step, dataformats))
+    )
     trackers = [
         types.SimpleNamespace(name="tensorboard", writer=writer),
         types.SimpleNamespace(name="wandb", log=lambda values, step: sent.update(wandb=(values, step))),
@@ -150,3 +152,24 @@ def test_images_reach_tensorboard_as_nhwc_and_wandb_with_captions(monkeypatch):
     tag, stack, step, dataformats = sent["tb"]
     assert (tag, stack.shape, str(stack.dtype), step, dataformats) == ("v", (2, 6, 4, 3), "uint8", 7, "NHWC")
     assert sent["wandb"] == ({"v": [((4, 6), "a"), ((4, 6), "b")]}, 7)
+
+
+def test_no_tracker_file_holds_the_hub_token_of_the_command_line(tmp_path, monkeypatch):
+    """wandb stores the command line with every run."""
+    pytest.importorskip("wandb")
+    token = "plain-token-without-prefix"
+    monkeypatch.setattr(runlog.sys, "argv", ["train.py", f"--hub_token={token}", "--seed=1"])
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    accelerator = Accelerator(cpu=True, log_with=["wandb", "tensorboard"], project_dir=str(tmp_path))
+    try:
+        runlog.start_trackers(accelerator, "brisk-test", {"learning_rate": 0.25}, tmp_path / "logs")
+        accelerator.log({"loss": 1.0}, step=1)
+        accelerator.end_training()
+    finally:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files) and any("tfevents" in path.name for path in files)
+    assert [path for path in files if token.encode() in path.read_bytes()] == []
+    assert runlog.sys.argv[1] == f"--hub_token={token}", "it is put back"

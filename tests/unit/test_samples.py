@@ -61,7 +61,9 @@ def test_caption_comes_from_the_first_source(fields, expected):
     assert samples.caption_of(fields, samples.metadata_of(fields), rng()) == expected
 
 
-@pytest.mark.parametrize("json_bytes", [None, b"{}", b"not json", b"[1]", b'{"caption": []}', b'{"caption": 3}', b"\xff"])
+@pytest.mark.parametrize(
+    "json_bytes", [None, b"{}", b"not json", b"[1]", b'{"caption": []}', b'{"caption": 3}', b"\xff"]
+)
 def test_samples_without_a_caption_are_skipped(json_bytes):
     fields = {} if json_bytes is None else {"json": json_bytes}
     with pytest.raises(Skip, match="no caption"):
@@ -85,11 +87,19 @@ def folder_of(tmp_path, *names):
 
 def test_folder_with_jsonl_csv_and_sidecar_captions(tmp_path):
     folder = folder_of(tmp_path, "a.png", "b.jpg", "sub/c.png", "sub/d.PNG", "e.png")
-    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one"}\n\n{"file_name": "b.jpg", "caption": "two"}\n')
+    (folder / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "one"}\n\n{"file_name": "b.jpg", "caption": "two"}\n'
+    )
     (folder / "sub/metadata.csv").write_text('file_name,text\nc.png,"three, with a comma"\n')
     (folder / "sub/d.txt").write_text("four\n")
     listed = [(path.name, caption) for path, caption in samples.list_folder(folder)]
-    assert listed == [("a.png", "one"), ("b.jpg", "two"), ("e.png", None), ("c.png", "three, with a comma"), ("d.PNG", "four")]
+    assert listed == [
+        ("a.png", "one"),
+        ("b.jpg", "two"),
+        ("e.png", None),
+        ("c.png", "three, with a comma"),
+        ("d.PNG", "four"),
+    ]
 
 
 def test_folder_captions_with_line_separators_newlines_and_a_byte_order_mark(tmp_path):
@@ -157,11 +167,25 @@ def test_random_crops_reach_both_edges_and_the_centre_crop_is_central():
 
 
 def test_flip_mirrors_about_half_of_the_samples():
-    plain = decoder(center_crop=True)(raw(), rng())["pixels"]
-    outcomes = [decoder(center_crop=True, random_flip=True)(raw(), rng(seed))["pixels"] for seed in range(40)]
-    flipped = [torch.equal(pixels, plain.flip(2)) for pixels in outcomes]
-    assert all(torch.equal(p, plain) or flip for p, flip in zip(outcomes, flipped, strict=True))
-    assert 8 < sum(flipped) < 32
+    image = picture(48, 32)
+    plain = decoder(center_crop=True)(raw(image), rng())["pixels"].int()
+    outcomes = [decoder(center_crop=True, random_flip=True)(raw(image), rng(n))["pixels"].int() for n in range(40)]
+    same, mirrored = (torch.stack([(o - p).abs().max() for o in outcomes]) <= 2 for p in (plain, plain.flip(2)))
+    assert (same ^ mirrored).all(), "one or the other"
+    assert 8 < mirrored.sum() < 32
+
+
+def test_crop_offset_of_a_flipped_image_is_counted_in_the_flipped_image():
+    image = picture(64, 16)
+    whole = np.asarray(image)
+    flips = 0
+    for seed in range(12):
+        sample = decoder(random_flip=True)(raw(image), rng(seed))
+        left, found = sample["crop_top_left"][1].item(), sample["pixels"].permute(1, 2, 0).numpy()
+        matches = [np.array_equal(found, side[:, left : left + 16]) for side in (whole, whole[:, ::-1])]
+        assert sum(matches) == 1
+        flips += matches[1]
+    assert 0 < flips < 12
 
 
 def test_decoded_sample_holds_pixels_tokens_and_sizes():
@@ -175,7 +199,8 @@ def test_decoded_sample_holds_pixels_tokens_and_sizes():
 @pytest.mark.parametrize(
     "values, expected",
     [
-        ({"width": 640, "height": 480}, [480, 640]), ({"original_width": 1000, "original_height": 500, "width": 4, "height": 2}, [500, 1000]),
+        ({"width": 640, "height": 480}, [480, 640]),
+        ({"original_width": 1000, "original_height": 500, "width": 4, "height": 2}, [500, 1000]),
         ({"width": None, "height": None}, [30, 40]), ({}, [30, 40]), ({"width": "640", "height": "480"}, [480, 640]),
     ],
 )  # fmt: skip
@@ -184,8 +209,14 @@ def test_original_size_comes_from_the_json(values, expected):
 
 
 @pytest.mark.parametrize(
-    "values", [{"width": "wide", "height": 4}, {"width": [1], "height": 4}, {"pwatermark": "unknown"}, {"pwatermark": [1]},
-               {"width": float("inf"), "height": 4}],
+    "values",
+    [
+        {"width": "wide", "height": 4},
+        {"width": [1], "height": 4},
+        {"pwatermark": "unknown"},
+        {"pwatermark": [1]},
+        {"width": float("inf"), "height": 4},
+    ],
 )
 def test_unusable_metadata_skips_the_sample(values):
     with pytest.raises(Skip):
@@ -194,7 +225,13 @@ def test_unusable_metadata_skips_the_sample(values):
 
 @pytest.mark.parametrize(
     "values, kept",
-    [({"pwatermark": 0.0}, True), ({"pwatermark": 0.5}, True), ({"pwatermark": 0.51}, False), ({}, True), ({"pwatermark": None}, True)],
+    [
+        ({"pwatermark": 0.0}, True),
+        ({"pwatermark": 0.5}, True),
+        ({"pwatermark": 0.51}, False),
+        ({}, True),
+        ({"pwatermark": None}, True),
+    ],
 )
 def test_pwatermark_filter_keeps_zero_and_missing(values, kept):
     decode = decoder(max_pwatermark=0.5)
@@ -221,7 +258,9 @@ def test_empty_prompt_share():
     assert all(decoder(proportion_empty_prompts=1.0)(raw(), rng(s))["input_ids_0"][0] == 0 for s in range(5))
 
 
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"nonsense", encoded(picture())[:-40], encoded(picture(), "JPEG")[:90]])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x89PNG\r\n\x1a\n", b"nonsense", encoded(picture())[:-40], encoded(picture(), "JPEG")[:90]]
+)
 def test_broken_images_are_skipped(content):
     with pytest.raises(Skip, match="unreadable image"):
         samples.decode_image({"png": content})
@@ -232,7 +271,10 @@ def test_a_sample_without_an_image_is_skipped():
         decoder()({"txt": b"x", "gif": b"y"}, rng())
 
 
-@pytest.mark.parametrize("mode, kind", [("P", "PNG"), ("RGBA", "PNG"), ("L", "PNG"), ("LA", "PNG"), ("1", "PNG"), ("CMYK", "JPEG"), ("RGB", "WEBP")])
+@pytest.mark.parametrize(
+    "mode, kind",
+    [("P", "PNG"), ("RGBA", "PNG"), ("L", "PNG"), ("LA", "PNG"), ("1", "PNG"), ("CMYK", "JPEG"), ("RGB", "WEBP")],
+)
 def test_every_colour_mode_becomes_rgb(mode, kind):
     image = samples.decode_image({{"WEBP": "webp", "JPEG": "jpg"}.get(kind, "png"): encoded(picture(mode=mode), kind)})
     assert image.mode == "RGB" and image.size == (40, 30)
@@ -309,13 +351,32 @@ def test_cached_latents_are_read_back():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"latent.npy": b""}, {"latent.npy": b"garbage"}, {"latent.npy": array(np.ones(8))[:-10]}, {"prompt.npy": b"PK\x03\x04"},
-        {"latent.npy": array(np.array(["text"]))}, {"latent.npy": array(np.array([None], dtype=object))},
+        {"latent.npy": b""}, {"latent.npy": b"garbage"}, {"latent.npy": array(np.ones(8))[:-10]},
+        {"prompt.npy": b"PK\x03\x04"}, {"latent.npy": array(np.array(["text"]))},
     ],
 )  # fmt: skip
-def test_broken_arrays_are_skipped_and_no_pickle_is_run(changes):
+def test_broken_arrays_are_skipped(changes):
     with pytest.raises(Skip, match="unreadable array"):
         samples.CachedLatents(MANIFEST)(cached(**changes), rng())
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_no_pickle_in_an_array_is_run(tmp_path):
+    trap = array(np.array([Trap(str(tmp_path / "sprung"))], dtype=object))
+    with pytest.raises(Skip, match="unreadable array"):
+        samples.CachedLatents(MANIFEST)(cached(**{"latent.npy": trap}), rng())
+    assert not (tmp_path / "sprung").exists()
+    np.load(io.BytesIO(trap), allow_pickle=True)
+    assert (tmp_path / "sprung").exists(), "the trap itself works"
 
 
 def test_an_incomplete_cached_sample_is_skipped():

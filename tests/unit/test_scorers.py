@@ -60,7 +60,7 @@ def test_saved_oracle_loads_with_equal_outputs(tmp_path):
     oracle.eval()
     save_oracle(oracle, tmp_path / "oracle")
     loaded = load_oracle(tmp_path / "oracle")
-    for before, after in zip(oracle(images), loaded(images)):
+    for before, after in zip(oracle(images), loaded(images), strict=True):
         torch.testing.assert_close(before, after, rtol=0.0, atol=5e-3)
 
 

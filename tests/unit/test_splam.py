@@ -49,7 +49,12 @@ def test_guided_ddim_step_matches_numpy(kind):
     a_end, s_end = schedules.signal_and_noise(torch.tensor(abar_end), x)
     found = splam.guided_ddim_step(cond, uncond, x, a, s, a_end, s_end, 7.25, kind)
     for row in range(3):
-        al, si, al_end, si_end = abar[row] ** 0.5, (1 - abar[row]) ** 0.5, abar_end[row] ** 0.5, (1 - abar_end[row]) ** 0.5
+        al, si, al_end, si_end = (
+            abar[row] ** 0.5,
+            (1 - abar[row]) ** 0.5,
+            abar_end[row] ** 0.5,
+            (1 - abar_end[row]) ** 0.5,
+        )
         xc, ec = plain_x0_eps(cond[row].numpy(), x[row].numpy(), al, si, kind)
         xu, eu = plain_x0_eps(uncond[row].numpy(), x[row].numpy(), al, si, kind)
         x0, eps = 8.25 * xc - 7.25 * xu, 8.25 * ec - 7.25 * eu
@@ -164,7 +169,9 @@ def test_boundary_scalings_match_the_lcm_scheduler_and_numpy():
         u = factor * t.numpy().astype(np.float64)
         np.testing.assert_allclose(c_skip, 0.25 / (u**2 + 0.25), rtol=1e-5)
         np.testing.assert_allclose(c_out, u / np.sqrt(u**2 + 0.25), rtol=1e-5)
-        theirs = [LCMScheduler(timestep_scaling=factor).get_scalings_for_boundary_condition_discrete(i) for i in t.tolist()]
+        theirs = [
+            LCMScheduler(timestep_scaling=factor).get_scalings_for_boundary_condition_discrete(i) for i in t.tolist()
+        ]
         np.testing.assert_allclose(c_skip, [float(pair[0]) for pair in theirs], rtol=1e-5)
         np.testing.assert_allclose(c_out, [float(pair[1]) for pair in theirs], rtol=1e-5)
     assert [value.item() for value in splam.boundary_scalings(torch.tensor([0]))] == [1.0, 0.0]
