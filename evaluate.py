@@ -36,7 +36,7 @@ def parse_args(argv=None):
     add("--output_dir", required=True, help="folder for report.json, report.png and report.html")
     add("--teacher_steps", default="50,4,2,1", help="sampling steps of the teacher")
     add("--model_steps", default="4,2,1", help="sampling steps of the distilled models")
-    add("--guidance_scale", type=options.NOT_NEGATIVE, default=3.0, help="guidance of the teacher")
+    add("--guidance_scale", type=options.NOT_NEGATIVE, default=2.0, help="guidance of the teacher")
     add("--samples", type=options.number(int, low=50), default=200, help="images per seed")
     add("--seeds", type=options.COUNT, default=3, help="number of seeds; the spread over them is reported")
     add("--batch_size", type=options.COUNT, default=200, help="images per pipeline call")

@@ -255,6 +255,7 @@ def main(argv=None):
     use_xformers = args.enable_xformers_memory_efficient_attention
     for network in {teacher, *networks.values()}:
         sd_models.speed_up(network, args.channels_last, use_xformers, args.compile, log.warning)
+        use_xformers = use_xformers and device.type == "cuda"  # elsewhere one warning is enough
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     runlog.allow_fast_maths(args.allow_tf32)
@@ -289,6 +290,8 @@ def main(argv=None):
     # 7 schedule and prepare
     lr_scheduler = optim.create_lr_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, max_steps)
     unet, optimizer = accelerator.prepare(student, optimizer)
+    trainable = [parameter for parameter in unet.parameters() if parameter.requires_grad]  # FSDP replaces them
+    networks = {name: network for name, network in networks.items() if not hasattr(network, "unshard")}  # to validate
 
     # 8 state and resume
     accelerator.register_for_checkpointing(lr_scheduler)
@@ -376,7 +379,7 @@ def main(argv=None):
             run_log.add(loss=loss)
             if not accelerator.sync_gradients:
                 continue
-            grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+            grad_norm = optim.whole(accelerator.clip_grad_norm_(trainable, args.max_grad_norm))
             optim.step_if_finite(optimizer, guard.finish_step(grad_norm, scaled=half == torch.float16))
             optimizer.zero_grad(set_to_none=True)
             lr_scheduler.step()
@@ -419,15 +422,16 @@ def main(argv=None):
 
     # 11 export
     accelerator.wait_for_everyone()
+    weights = accelerator.get_state_dict(unet)
     if args.dry_run:
         log.info("Dry run: one step on synthetic data was taken, nothing was saved.")
     elif is_main:
-        if half != torch.float32 and not args.use_lora:  # the components as the teacher has them, not as they were cast
+        if {half, vae_dtype} != {torch.float32} and not args.use_lora:  # the components as they were before the cast
             parts = load_parts()
         card = {"teacher": args.pretrained_teacher_model, "name": repo_id or output.name, "w": args.w_scale, "steps": max_steps,
                 "batch": global_batch, "resolution": resolution, "n": args.num_ddim_timesteps, "loss": args.loss_type,
                 "lr": rate, "prompt": prompts[0]}  # fmt: skip
-        sd_export.export(output, parts, accelerator.unwrap_model(unet), ema, lora_config, lora_master, scheduler, card)
+        sd_export.export(output, parts, accelerator.unwrap_model(unet), weights, ema, lora_config, lora_master, scheduler, card)
         log.info(f"Saved the distilled model in {output}.")
         if repo_id:
             hub.upload(output, repo_id, args.hub_token, args.logging_dir)

@@ -8,6 +8,11 @@ import torch
 from brisk.options import UserError
 
 
+def whole(tensor):
+    """A tensor that FSDP split over the ranks as a plain one (every rank has to ask), others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def lerp_(targets, sources, decay):
     """In place: target <- decay target + (1 - decay) source, over two lists of tensors, in a few fused calls."""
     torch._foreach_lerp_(targets, [source.to(target.dtype) for target, source in zip(targets, sources, strict=True)],
@@ -37,7 +42,7 @@ class EMA:
     @torch.no_grad()
     def update(self, parameters, decay):
         """One step towards `parameters`, in the order of `network.parameters()`."""
-        lerp_(self.master, [parameter.detach() for parameter in parameters], decay)
+        lerp_(self.master, [whole(parameter.detach()) for parameter in parameters], decay)
         self._refresh()
 
     def _refresh(self):

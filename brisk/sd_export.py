@@ -154,11 +154,13 @@ def save_networks(folder, accelerator, unet, ema, lora_master):
 def load_networks(folder, accelerator, unet, ema, lora_master):
     """Read back what `save_networks` wrote. Raises UserError where it is of other networks than this run's."""
     from safetensors.torch import load_file
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     network = accelerator.unwrap_model(unet)
     try:
         if ema:
-            network.load_state_dict(load_file(folder / "unet/diffusion_pytorch_model.safetensors"))
+            state = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+            set_model_state_dict(network, state, options=StateDictOptions(full_state_dict=True))
             ema.load_state_dict(load_file(folder / "unet_target/diffusion_pytorch_model.safetensors"))
             return
         adapters, stored = load_file(folder / "unet_lora/adapter_model.safetensors"), {}
@@ -174,10 +176,11 @@ def load_networks(folder, accelerator, unet, ema, lora_master):
         ) from None
 
 
-def export(output, parts, student, ema, lora_config, lora_master, scheduler, card):
+def export(output, parts, student, weights, ema, lora_config, lora_master, scheduler, card):
     """Write what stock diffusers loads: a complete pipeline and `unet_target`, or LoRA weights and their scheduler.
 
-    Args: `ema` and `lora_config`: one of them is None; `card` the values of `CARD`. Raises UserError (exit code 1).
+    Args: `weights` of the online U-Net; `ema` and `lora_config`: one of them is None; `card` the values of `CARD`.
+    The network of `ema` holds the online weights afterwards. Raises UserError (exit code 1).
     """
     kind = "lora" if lora_config else "full"
     snippet = SNIPPETS[kind].format(**card)
@@ -190,7 +193,8 @@ def export(output, parts, student, ema, lora_config, lora_master, scheduler, car
             scheduler.save_pretrained(output / "scheduler")
         else:
             save_network(ema.network, output / "unet_target", ema.state_dict())
-            build_pipeline(parts, student, scheduler).save_pretrained(output)
+            ema.network.float().load_state_dict(weights)
+            build_pipeline(parts, ema.network, scheduler).save_pretrained(output)
         text = CARD.format(
             **card | {"kind": kind, "snippet": snippet, "prompt": json.dumps(card["prompt"], ensure_ascii=False)}
         )

@@ -31,7 +31,7 @@ def parse_args(argv=None):
     add("--unet_steps", type=options.COUNT, default=4000, help="optimizer steps of the U-Net")
     add("--batch_size", type=options.COUNT, default=128, help="images per step; a quarter of it for the autoencoder")
     add("--cached_images", type=options.COUNT, default=40000, help="images whose latents the U-Net is trained on")
-    add("--guidance_scale", type=options.NOT_NEGATIVE, default=3.0, help="guidance of the measured samples")
+    add("--guidance_scale", type=options.NOT_NEGATIVE, default=2.0, help="guidance of the measured samples")
     add("--samples", type=options.number(int, low=64), default=1120, help="images behind each measured figure")
     args, _ = options.parse(parser, argv)
     if (args.shards is None) == (args.output_dir is None):
@@ -151,8 +151,8 @@ image = pipeline("a red handwritten seven on a yellow background", guidance_scal
 ```
 
 **Parts** (parameters): {counts}.
-Epsilon prediction, 1,000 steps, scaled-linear betas 0.00085 to 0.012, latents 4x8x8, captions of at most {length} tokens.
-U-Net and autoencoder are stored in float16.
+Epsilon prediction, 1,000 steps, scaled-linear betas 0.00085 to 0.012; latents 4x8x8; captions of at most {length}
+tokens. U-Net and autoencoder are stored in float16.
 
 **Data**: the 1,797 scans of 8x8 pixels that come with scikit-learn (`load_digits`), a copy of the test set of "Optical
 Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998, UCI Machine Learning Repository,

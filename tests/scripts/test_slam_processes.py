@@ -89,7 +89,7 @@ def straight(driver, base_flags, tmp_path_factory):
     return folder / "out", notes_of(folder)
 
 
-def run_pair(driver, stop_at, folder, flags):
+def run_pair(driver, stop_at, folder, flags, **variables):
     """Start both ranks by hand, so that each one's exit code is seen -> (exit codes, stderrs)."""
     launcher = {
         "WORLD_SIZE": "2",
@@ -99,7 +99,7 @@ def run_pair(driver, stop_at, folder, flags):
     }
     processes = [
         subprocess.Popen([sys.executable, driver, str(stop_at), folder, *flags], stderr=subprocess.PIPE, text=True,
-                         env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **launcher))
+                         env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **variables))
         for rank in (0, 1)
     ]  # fmt: skip
     try:
@@ -182,6 +182,47 @@ def test_checkpoint_of_two_processes_continues_in_one_with_fresh_shards_and_says
     start = load_file(straight[0] / "checkpoint-4/unet/diffusion_pytorch_model.safetensors")
     end = load_file(run.output / "unet/diffusion_pytorch_model.safetensors")
     assert 0 < (start["conv_in.weight"] - end["conv_in.weight"]).abs().max() < 0.1
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlock,ResnetBlock2D", "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}  # fmt: skip
+ON_CPU = """
+import accelerate.state as state
+from accelerate.utils import DistributedType
+
+make = state.AcceleratorState.__init__
+
+
+def make_with_fsdp(self, *args, fsdp_plugin=None, **named):  # accelerate offers FSDP on accelerators only
+    make(self, *args, fsdp_plugin=fsdp_plugin, **named)
+    self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+    state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+state.AcceleratorState.__init__ = make_with_fsdp
+"""
+
+
+def test_sharded_weights_train_stop_resume_and_export_like_replicated_ones(straight, base_flags, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    (tmp_path / "driver.py").write_text(ON_CPU + DRIVER)
+    flags = base_flags(f"--output_dir={tmp_path / 'out'}", *FLAGS, "--validation_steps=4", "--validation_prompts=a|b",
+                       "--num_validation_images=1", "--validation_num_inference_steps=1")  # fmt: skip
+    for stop_at, expected in ((STOP, [143, 143]), (0, [0, 0])):
+        codes, errors = run_pair(tmp_path / "driver.py", stop_at, tmp_path, flags, **FSDP)
+        assert codes == expected, errors
+    keys = ("loss", "grad_norm", "lr")
+    for row, wanted in zip(read_rows(tmp_path / "out"), read_rows(straight[0]), strict=True):
+        assert [row[key] for key in keys] == pytest.approx([wanted[key] for key in keys], rel=1e-2)
+    for name in ("unet", "unet_target"):
+        ours = UNet2DConditionModel.from_pretrained(tmp_path / "out", subfolder=name).state_dict()
+        theirs = UNet2DConditionModel.from_pretrained(straight[0], subfolder=name).state_dict()
+        assert ours.keys() == theirs.keys()
+        error = sum((ours[key] - theirs[key]).square().sum() for key in ours)
+        assert error < 1e-3 * sum(value.square().sum() for value in theirs.values()), name
+    assert {path.name for path in (tmp_path / "out/validation/step-000004").iterdir()} == {"target-1-steps.png"}
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(run_main, monkeypatch):
