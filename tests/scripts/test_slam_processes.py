@@ -91,7 +91,7 @@ def straight(driver, base_flags, tmp_path_factory):
 
 def run_pair(driver, stop_at, folder, flags, **variables):
     """Start both ranks by hand, so that each one's exit code is seen -> (exit codes, stderrs)."""
-    launcher = {
+    variables |= {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
