@@ -59,7 +59,7 @@ def draw_picture(path, figures, pictures, prompts, title):
         line[0].set_ylabel(f"{key[0]}\n{steps}", rotation=0, ha="right", va="center", fontsize=9)
     for axis, prompt in zip(axes[0], prompts, strict=True):
         words = prompt.split()
-        axis.set_title(f"{words[1]} {words[3]}\non {words[6]}", fontsize=8)
+        axis.set_title(f"{words[1]}\n{words[3]}\non {words[6]}", fontsize=8)
     quality, distance = right.subplots(2, 1, sharex=True, gridspec_kw={"top": 1 - 0.7 / tall, "bottom": 0.09})
     for model, by_steps in figures.items():
         points = sorted((row["network_calls"], row["all"], row["frechet"]) for row in by_steps.values())

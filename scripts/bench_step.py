@@ -10,6 +10,7 @@ import json
 import statistics
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 from brisk import options
@@ -29,7 +30,9 @@ class Setting(NamedTuple):
     compiled: bool = False
 
 
-SIZES = {"tiny": ("tiny", "tiny", 8, 4), "sd15": ("sd15", "clip_l", 64, 8), "sdxl": ("sdxl", None, 128, 8)}
+TEACHER = Path(__file__).resolve().parent.parent / "assets/tiny-teacher"
+# size: (pixels of the latent, down-sampling of the VAE); tiny is the built-in teacher
+SIZES = {"tiny": (8, 4), "sd15": (64, 8), "sdxl": (128, 8)}
 BATCHES = {"tiny": 16, "sd15": 16, "sdxl": 4}
 
 
@@ -76,17 +79,17 @@ class Bench:
 
         self.setting, self.batch_size, self.half, self.device = setting, batch_size, half, device
         unet, self.vae, self.text = (copy.deepcopy(network).to(device) for network in networks)
-        family, _, self.latent, factor = SIZES[size]
+        self.latent, factor = SIZES[size]
         self.pixels = self.latent * factor
         frozen = half if setting.half_frozen else torch.float32
         self.student = sd_models.create_student(unet, 256, "zero").to(device).train()
         self.teacher = unet.to(frozen).requires_grad_(False).eval()
         self.ema = optim.EMA(copy.deepcopy(self.student))
-        self.ema.work_in(frozen)
         if setting.checkpointing:
             self.student.enable_gradient_checkpointing()
         for network in (self.teacher, self.ema.network, self.student):
             sd_models.speed_up(network, setting.channels_last, False, setting.compiled, print)
+        self.ema.work_in(frozen)
         self.parameters = list(self.student.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0, fused=setting.fused_updates)
         alphas = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
@@ -178,15 +181,22 @@ class Bench:
 
 
 def make_networks(size):
-    """(U-Net, VAE, text encoder) with random weights."""
+    """(U-Net, VAE, text encoder): the built-in teacher's, or Stable Diffusion's with random weights."""
     import torch
+    from diffusers import StableDiffusionPipeline
 
     from brisk import tiny
 
     torch.manual_seed(0)
-    family, text, _, _ = SIZES[size]
-    encoder = tiny.make_text_encoder(text) if text else tiny.make_text_encoder("open_clip_g", projection=True)
-    return [network.requires_grad_(False).eval() for network in (tiny.make_unet(family), tiny.make_vae(size), encoder)]
+    if size == "tiny":
+        teacher = StableDiffusionPipeline.from_pretrained(TEACHER, dtype=torch.float32)
+        networks = teacher.unet, teacher.vae, teacher.text_encoder
+    elif size == "sd15":
+        networks = tiny.make_unet("sd15"), tiny.make_vae("sd15"), tiny.make_text_encoder("clip_l")
+    else:
+        encoder = tiny.make_text_encoder("open_clip_g", projection=True)
+        networks = tiny.make_unet("sdxl"), tiny.make_vae("sdxl"), encoder
+    return [network.requires_grad_(False).eval() for network in networks]
 
 
 def matmul_rate(device, dtype):
@@ -243,7 +253,7 @@ def main(argv=None):
     half = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
     batch_size = args.batch_size or BATCHES[args.size]
     networks = make_networks(args.size)
-    flops = 6 * batch_size * tiny.count_flops(f"{SIZES[args.size][0]}_unet", SIZES[args.size][2])[1]
+    flops = 6 * batch_size * tiny.count_unet_flops(copy.deepcopy(networks[0]), SIZES[args.size][0])[1]
     rate = matmul_rate(device, half)
     print(f"{args.size}, batch {batch_size}, {args.mixed_precision}: 6 U-Net forwards per image = {flops / 1e12:.3f} TFLOP "
           f"per step; matrix products reach {rate / 1e12:.3f} TFLOP/s, the floor is {flops / rate:.4f} s")  # fmt: skip
