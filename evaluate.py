@@ -160,13 +160,11 @@ def main(argv=None):
     args = parse_args(argv)
     teacher_steps = options.read_counts("--teacher_steps", args.teacher_steps)
     model_steps = options.read_counts("--model_steps", args.model_steps)
-    import torch
     from tqdm import tqdm
 
     from brisk import handwriting, report, runlog, scorers
 
     runlog.quiet_libraries()
-    torch.set_grad_enabled(False)
     try:
         oracle = scorers.load_oracle(args.oracle)
     except FileNotFoundError as error:

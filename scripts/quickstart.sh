@@ -3,6 +3,7 @@
 # Needs no GPU and no download of models or data. Leaves a pipeline and a report in outputs/quickstart/.
 # QUICKSTART_OUT: another folder. QUICKSTART_EVALUATE: flags for evaluate.py.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+EXTRA=
 source scripts/setup.sh
 OUT="${QUICKSTART_OUT:-outputs/quickstart}"
 CORES="$(nproc 2>/dev/null || sysctl -n hw.ncpu)"

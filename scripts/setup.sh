@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Make .venv with the pinned requirements: source scripts/setup.sh [EXTRA]. Seconds when it is already there.
+# Make .venv with the pinned requirements and those of EXTRA: EXTRA=test; source scripts/setup.sh
+# Seconds when it is already there.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-EXTRA="${1:-}"
+EXTRA="${EXTRA:-}"
 cd "$ROOT"
 
 PYTHON="${PYTHON:-python3}"

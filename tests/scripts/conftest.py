@@ -4,11 +4,13 @@ import contextlib
 import gc
 import io
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,40 +119,92 @@ def run_main(base_flags, tmp_path_factory):
     return run
 
 
-@pytest.fixture
-def start_script(base_flags, tmp_path):
-    """Start the script in a process of its own: start_script(flags, family=, before=, env=, preexec_fn=) -> Popen.
+class Forked:
+    """A child process that runs the script with everything imported already; as killable as any, without the start-up."""
 
-    Its stderr goes to a file, `process.err()` reads it. `bare` leaves the standard flags out. All is killed at the end.
-    """
+    def __init__(self, flags, log, prepare):
+        """Args: `log`: file for its stderr; `prepare`: called in the child first."""
+        self.log, self.returncode = log, None
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(flags, prepare)
+
+    def _run(self, flags, prepare):
+        code = 70
+        try:
+            os.setsid()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            file = open(self.log, "w", buffering=1)
+            os.dup2(file.fileno(), 2)
+            sys.stderr = file
+            prepare()
+            import train_splam_distill_sd_wds as script
+            from brisk import options
+
+            options.run(script.main, flags)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(BaseException):
+                sys.stderr.flush()
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            os._exit(code)
+
+    def poll(self):
+        """The exit code (negative: the signal that ended it), None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout=240):
+        """Like `poll`, at its end; the run is killed after `timeout` seconds."""
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.kill()
+            time.sleep(0.005)
+        return self.returncode
+
+    def kill(self, number=signal.SIGKILL):
+        """Send a signal to it and its loader processes."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def err(self):
+        """Its stderr so far."""
+        return self.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def fork_script(run_main, base_flags, tmp_path_factory):
+    """Start the script in a forked child: fork_script(flags, family=, prepare=, whole=) -> Forked; `whole`: flags as given."""
     started = []
 
-    def start(*flags, family="sd1", before=(), env=None, bare=False, **popen):
-        given = [str(flag) for flag in flags] if bare else base_flags(*flags, family=family)
-        log = tmp_path / f"stderr-{len(started)}.txt"
-        with open(log, "w") as stderr:
-            process = subprocess.Popen(
-                [sys.executable, *before, str(SCRIPT), *given], env=environment(**env or {}), stderr=stderr,
-                stdout=subprocess.DEVNULL, start_new_session=True, **popen,
-            )  # fmt: skip
-        process.err = lambda: log.read_text()
-        started.append(process)
-        return process
+    def start(*flags, family="sd1", prepare=lambda: None, whole=False):
+        given = list(map(str, flags)) if whole else base_flags(*flags, family=family)
+        started.append(Forked(given, tmp_path_factory.mktemp("forked") / "stderr.txt", prepare))
+        return started[-1]
 
     yield start
     for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
 
 
 @pytest.fixture
-def run_script(start_script):
-    """Run the script to its end in a process of its own -> (exit code, stderr)."""
+def run_script(base_flags, tmp_path):
+    """Run the script as a user does, in a new interpreter -> (exit code, stderr); `bare` leaves the standard flags out."""
 
-    def run(*flags, **options):
-        process = start_script(*flags, **options)
-        code = process.wait(timeout=120)
-        return code, process.err()
+    def run(*flags, env=None, bare=False):
+        given = [str(flag) for flag in flags] if bare else base_flags(*flags)
+        done = subprocess.run([sys.executable, str(SCRIPT), *given], env=environment(**env or {}), capture_output=True,
+                              text=True, timeout=240)  # fmt: skip
+        return done.returncode, done.stderr
 
     return run

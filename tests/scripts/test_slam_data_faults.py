@@ -366,24 +366,28 @@ def test_run_that_turns_bad_stops_with_its_earlier_checkpoints_intact(flags, run
         assert all(torch.isfinite(value).all() for value in weights.values()), folder
 
 
-def test_bad_run_of_the_script_says_one_line_and_exits_1(run_script, teacher, tmp_path):
+def test_bad_run_of_the_script_says_one_line_and_exits_1(fork_script, teacher, tmp_path):
     path = teacher / "unet/diffusion_pytorch_model.safetensors"
     save_file({name: value * float("nan") for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
     flags = (f"--pretrained_teacher_model={teacher}", "--max_train_steps=30")
-    code, err = run_script(f"--output_dir={tmp_path / 'out'}", *flags)
+    process = fork_script(f"--output_dir={tmp_path / 'out'}", *flags)
+    code, err = process.wait(), process.err()
     errors = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
     assert code == 1 and len(errors) == 1 and "not finite" in errors[0]
     assert "Traceback" not in err
 
 
-def test_full_disk_keeps_the_earlier_checkpoint_and_ends_with_a_clear_sentence(run_script, run_main, tmp_path):
+def test_full_disk_keeps_the_earlier_checkpoint_and_ends_with_a_clear_sentence(fork_script, run_main, tmp_path):
     """A file-size limit below the U-Net's stands for the full disk: writes fail, small files still pass."""
     output = tmp_path / "out"
     first = run_main("--max_train_steps=4", "--checkpointing_steps=2", output=output)
     kept = (first.output / "checkpoint-4/unet/diffusion_pytorch_model.safetensors").read_bytes()
-    code, err = run_script(f"--output_dir={output}", "--max_train_steps=7", "--checkpointing_steps=2",
-                           "--checkpoints_total_limit=1", "--resume_from_checkpoint=latest",
-                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))  # fmt: skip
+    process = fork_script(
+        f"--output_dir={output}", "--max_train_steps=7", "--checkpointing_steps=2", "--checkpoints_total_limit=1",
+        "--resume_from_checkpoint=latest",
+        prepare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )  # fmt: skip
+    code, err = process.wait(), process.err()
     text = err.replace("\r", "\n")
     assert "checkpoint-6 could not be saved" in text and "earlier checkpoints are kept" in text
     assert " step 7 " in text, "the run must go on after a checkpoint that could not be saved"

@@ -4,6 +4,8 @@ import pytest
 from conftest import read_rows
 from hub_server import HubServer
 
+from brisk import options
+
 TOKEN = "hf_" + "aBcDeFgHiJkLmNoPqRsTuVwXyZ"
 PUSH = ("--push_to_hub", "--checkpointing_steps=1", "--validation_steps=2", "--validation_prompts=a seven",
         "--num_validation_images=1", "--validation_num_inference_steps=1", "--report_to=tensorboard")  # fmt: skip
@@ -66,20 +68,24 @@ def test_lora_goes_to_the_named_repository_with_the_token_of_the_environment(run
     assert_token_nowhere(output, err)
 
 
-@pytest.mark.parametrize("reachable", (True, False))
-def test_refused_creation_is_one_sentence_before_any_training(reachable, run_script, tmp_path):
+def test_refused_creation_is_one_sentence_before_any_training(run_script, tmp_path):
     output = tmp_path / "out"
     with HubServer(refuse_create=True) as hub:
-        if not reachable:
-            hub.url = "http://127.0.0.1:9"
         code, err = push(run_script, hub, output)
     assert code == 2, err
     (line,) = error_lines(err)
-    assert "--push_to_hub" in line and "cannot be created" in line
-    assert not reachable or "rights" in line
+    assert "--push_to_hub" in line and "cannot be created" in line and "rights" in line
     assert "Traceback" not in err
     assert not read_rows(output) and not list(output.glob("checkpoint-*"))
     assert_token_nowhere(output, err)
+
+
+def test_hub_that_cannot_be_reached_is_one_sentence_before_any_training(run_main, tmp_path):
+    with pytest.raises(options.UserError, match="--push_to_hub: the repository 'out' cannot be created: ") as caught:
+        run_main(*PUSH, f"--hub_token={TOKEN}", output=tmp_path / "out")
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    assert not read_rows(tmp_path / "out")
+    assert_token_nowhere(tmp_path / "out", run_main.log())
 
 
 def test_failed_upload_is_one_sentence_and_the_model_is_kept(run_script, tmp_path):

@@ -1,6 +1,8 @@
 """Two gloo processes on the CPU: different draws, equal weights, exact resume, agreed stop; the accelerate configs."""
 
+import functools
 import json
+import os
 import subprocess
 import sys
 
@@ -15,19 +17,19 @@ STEPS, STOP = 6, 3
 FLAGS = (f"--max_train_steps={STEPS}", "--checkpointing_steps=2", "--resume_from_checkpoint=latest", "--random_flip",
          "--lr_scheduler=cosine", "--lr_warmup_steps=2", "--learning_rate=0.01",
          "--gradient_accumulation_steps=2")  # fmt: skip
-DRIVER = """
-import hashlib, json, os, signal, sys
-import torch
+DRIVER = '''
+import hashlib, json, os, signal
 import train_splam_distill_sd_wds as script
 from brisk import optim, options, runlog, sd_models
 
 rank, notes = int(os.environ["RANK"]), {"times": [], "inputs": [], "weights": [], "images": []}
-stop_at, notes_to = int(sys.argv.pop(1)), sys.argv.pop(1)
-predict, update, flush, encode = sd_models.predict, optim.EMA.update, runlog.RunLog.flush, sd_models.latent_moments
+main, predict, update = script.main, sd_models.predict, optim.EMA.update
+flush, encode = runlog.RunLog.flush, sd_models.latent_moments
 
 
 def digest(tensors):
-    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
+    tensors = [optim.whole(tensor.detach()) for tensor in tensors]
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
 def noting_predict(unet, dtype, x, timesteps, *rest):
@@ -49,27 +51,22 @@ def noting_encode(vae, pixels, size):
 
 
 def stopping_flush(self, step, *rest, **named):
-    if step == stop_at and rank == 1:  # one process is told to stop, both must
+    if step == int(os.environ.get("STOP_AT", 0)) and rank == 1:  # one process is told to stop, both must
         os.kill(os.getpid(), signal.SIGTERM)
     return flush(self, step, *rest, **named)
 
 
-sd_models.predict, optim.EMA.update = noting_predict, noting_update
+def noting_main(argv=None):
+    try:
+        main(argv)
+    finally:
+        with open(f"{os.environ['NOTES_TO']}/{rank}.json", "w") as file:
+            json.dump(notes, file)
+
+
+sd_models.predict, optim.EMA.update, script.main = noting_predict, noting_update, noting_main
 sd_models.latent_moments, runlog.RunLog.flush = noting_encode, stopping_flush
-try:
-    options.run(script.main)
-finally:
-    with open(f"{notes_to}/{rank}.json", "w") as file:
-        json.dump(notes, file)
-"""
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    """The script with its draws, images and weights noted by rank, and a signal for one rank on request."""
-    path = tmp_path_factory.mktemp("driver") / "driver.py"
-    path.write_text(DRIVER)
-    return path
+'''
 
 
 def notes_of(folder):
@@ -78,48 +75,42 @@ def notes_of(folder):
 
 
 @pytest.fixture(scope="module")
-def straight(driver, base_flags, tmp_path_factory):
+def straight(base_flags, tmp_path_factory):
     """An unbroken run started by `accelerate launch` with configs/accelerate/two_cpu.yaml: (output, notes by rank)."""
     folder = tmp_path_factory.mktemp("straight")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "configs/accelerate/two_cpu.yaml",
-               "--main_process_port", str(free_port()), driver, "0", folder]  # fmt: skip
-    done = subprocess.run([*command, *base_flags(f"--output_dir={folder / 'out'}", *FLAGS)], capture_output=True,
-                          env=environment(ACCELERATE_USE_CPU="true"), text=True, timeout=240)  # fmt: skip
+    (folder / "driver.py").write_text(DRIVER + "options.run(script.main)\n")
+    config = ROOT / "configs/accelerate/two_cpu.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port",
+               str(free_port()), folder / "driver.py", *base_flags(f"--output_dir={folder / 'out'}", *FLAGS)]  # fmt: skip
+    variables = environment(ACCELERATE_USE_CPU="true", NOTES_TO=str(folder))
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return folder / "out", notes_of(folder)
 
 
-def run_pair(driver, stop_at, folder, flags, **variables):
+def run_pair(fork_script, folder, flags, code=DRIVER, **variables):
     """Start both ranks by hand, so that each one's exit code is seen -> (exit codes, stderrs)."""
-    variables |= {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    processes = [
-        subprocess.Popen([sys.executable, driver, str(stop_at), folder, *flags], stderr=subprocess.PIPE, text=True,
-                         env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **variables))
-        for rank in (0, 1)
-    ]  # fmt: skip
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], errors
+    variables |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    variables |= {"ACCELERATE_USE_CPU": "true", "NOTES_TO": str(folder)}
+
+    def become(rank):
+        os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
+        exec(compile(code, "driver", "exec"), {"__name__": "driver"})
+
+    pair = [fork_script(*flags, whole=True, prepare=functools.partial(become, rank)) for rank in (0, 1)]
+    return [process.wait() for process in pair], [process.err() for process in pair]
 
 
 @pytest.fixture(scope="module")
-def broken(driver, base_flags, tmp_path_factory):
+def broken(fork_script, base_flags, tmp_path_factory):
     """The same run stopped by a SIGTERM that only rank 1 gets, then continued."""
     folder = tmp_path_factory.mktemp("broken")
     (folder / "second").mkdir()
     flags = base_flags(f"--output_dir={folder / 'out'}", *FLAGS)
-    codes, errors = run_pair(driver, STOP, folder, flags)
+    codes, errors = run_pair(fork_script, folder, flags, STOP_AT=str(STOP))
     stopped_at = [checkpoint.step_of(path) for path in (folder / "out").glob("checkpoint-*")]
     finished = (folder / "out/unet").exists()
-    again, more = run_pair(driver, 0, folder / "second", flags)
+    again, more = run_pair(fork_script, folder / "second", flags)
     assert again == [0, 0], more
     return {"codes": codes, "errors": errors, "steps": stopped_at, "finished": finished, "output": folder / "out",
             "notes": notes_of(folder), "second": notes_of(folder / "second")}  # fmt: skip
@@ -196,6 +187,8 @@ make = state.AcceleratorState.__init__
 
 def make_with_fsdp(self, *args, fsdp_plugin=None, **named):  # accelerate offers FSDP on accelerators only
     make(self, *args, fsdp_plugin=fsdp_plugin, **named)
+    if fsdp_plugin is None:
+        return
     self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
     state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
@@ -204,14 +197,13 @@ state.AcceleratorState.__init__ = make_with_fsdp
 """
 
 
-def test_sharded_weights_train_stop_resume_and_export_like_replicated_ones(straight, base_flags, tmp_path):
+def test_sharded_weights_train_stop_resume_and_export_like_replicated_ones(straight, fork_script, base_flags, tmp_path):
     from diffusers import UNet2DConditionModel
 
-    (tmp_path / "driver.py").write_text(ON_CPU + DRIVER)
     flags = base_flags(f"--output_dir={tmp_path / 'out'}", *FLAGS, "--validation_steps=4", "--validation_prompts=a|b",
                        "--num_validation_images=1", "--validation_num_inference_steps=1")  # fmt: skip
     for stop_at, expected in ((STOP, [143, 143]), (0, [0, 0])):
-        codes, errors = run_pair(tmp_path / "driver.py", stop_at, tmp_path, flags, **FSDP)
+        codes, errors = run_pair(fork_script, tmp_path, flags, ON_CPU + DRIVER, STOP_AT=str(stop_at), **FSDP)
         assert codes == expected, errors
     keys = ("loss", "grad_norm", "lr")
     for row, wanted in zip(read_rows(tmp_path / "out"), read_rows(straight[0]), strict=True):
