@@ -12,6 +12,7 @@ from pathlib import Path
 from brisk import options
 
 ROOT = Path(__file__).resolve().parent
+RESERVED = {"teacher", "protocol", "samples_per_seed", "seeds", "guidance_scale", "batch_size", "environment"}
 SHOWN = ((7, 2, 5), (3, 1, 0), (0, 4, 1), (5, 5, 4), (8, 7, 3), (2, 6, 7), (9, 3, 6), (4, 0, 2))
 
 
@@ -42,6 +43,8 @@ def parse_args(argv=None):
     add("--batch_size", type=options.COUNT, default=200, help="images per pipeline call")
     args, _ = options.parse(parser, argv)
     models = dict(entry.partition("=")[::2] for entry in args.model)
+    if models.keys() & RESERVED:
+        raise options.UserError(f"--model cannot be named {', '.join(sorted(RESERVED))}: the report uses these names.")
     for name, folder in {"teacher": args.teacher, **models}.items():
         if not (Path(folder) / "model_index.json").is_file():
             raise options.UserError(

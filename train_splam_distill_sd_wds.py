@@ -127,6 +127,9 @@ def effects(args, mixed_precision):
         "mixed_precision": (args.mixed_precision in (None, mixed_precision), "a GPU: float32 is used (bf16 works on CPUs)"),
         "hub_token": (args.push_to_hub, "--push_to_hub"),
         "hub_model_id": (args.push_to_hub, "--push_to_hub"),
+        "num_validation_images": (args.validation_steps > 0, "--validation_steps"),
+        "validation_prompts": (args.validation_steps > 0, "--validation_steps"),
+        "data_resume": (not args.train_data_dir, "shards (a folder always goes on exactly)"),
         "num_train_epochs": (not args.max_train_steps, "leaving out --max_train_steps"),
     }  # fmt: skip
 
@@ -136,7 +139,7 @@ def open_batches(args, parts, manifest, resolution, accelerator, seed, position,
     from brisk import data, samples, sd_models, tiny
 
     rank, batch = accelerator.process_index, args.train_batch_size
-    if args.dry_run:
+    if not (args.precomputed_shards or args.train_data_dir or args.train_shards_path_or_url):
         return tiny.SyntheticBatches(sd_models.Tokenize(parts.tokenizers), batch, resolution), None
     if args.precomputed_shards:
         urls = data.expand_shards(args.precomputed_shards)
@@ -150,6 +153,9 @@ def open_batches(args, parts, manifest, resolution, accelerator, seed, position,
         )  # fmt: skip
         if args.train_data_dir:
             files = samples.list_folder(args.train_data_dir)
+            without = sum(caption is None for _, caption in files)
+            if without:
+                say(f"{without} of {len(files)} images have no caption: they are skipped.")
             dataset = data.FolderBatches(files, decode, batch, seed, rank, accelerator.num_processes, position)
         else:
             urls = data.expand_shards(args.train_shards_path_or_url)
@@ -163,8 +169,9 @@ def plan_steps(args, folder_size, processes):
     """Optimizer steps of the run: `--max_train_steps`, or epochs of `--max_train_samples` (of a folder: all) images."""
     from brisk import data
 
+    images = args.max_train_samples or folder_size or 1  # 1: a dry run without data
     return args.max_train_steps or data.total_steps(
-        args.num_train_epochs, args.max_train_samples or folder_size, args.train_batch_size, processes,
+        args.num_train_epochs, images, args.train_batch_size, processes,
         args.dataloader_num_workers, args.gradient_accumulation_steps,
     )  # fmt: skip
 
@@ -202,7 +209,7 @@ def main(argv=None):
         gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=runlog.usable_precision(args.mixed_precision),
         log_with=runlog.check_trackers("none" if args.dry_run else args.report_to), project_config=project,
     )  # fmt: skip
-    runlog.check_processes(accelerator)
+    runlog.check_processes(accelerator, args.use_lora or args.use_8bit_adam)
     device, rank, is_main = accelerator.device, accelerator.process_index, accelerator.is_main_process
     output, log = runlog.open_output(rank, args.output_dir), runlog.setup_logging(accelerator)
     stop = checkpoint.StopSignal(accelerator)
@@ -225,8 +232,8 @@ def main(argv=None):
     resolution = sd_models.check_resolution(parts, args.resolution)
     prediction_type = args.prediction_type or parts.scheduler_config.get("prediction_type", "epsilon")
     alphas_cumprod = DDPMScheduler.from_config(parts.scheduler_config).alphas_cumprod
-    facts = {"prediction_type": prediction_type, "use_lora": args.use_lora}
-    facts |= {"num_ddim_timesteps": args.num_ddim_timesteps}
+    facts = {name: getattr(args, name) for name in ("num_ddim_timesteps", "use_lora")}
+    facts["prediction_type"] = prediction_type
     try:
         grid = schedules.solver_grid(alphas_cumprod, args.num_ddim_timesteps).to(device)
         schedules.check_prediction_type(prediction_type, grid)
@@ -285,7 +292,7 @@ def main(argv=None):
             args.data_resume, log.warning, source,
         )  # fmt: skip
     batches, folder_size = open_batches(args, parts, manifest, resolution, accelerator, seed, position, log.warning)
-    max_steps = saved["step"] + 1 if args.dry_run else plan_steps(args, folder_size, accelerator.num_processes)
+    max_steps = plan_steps(args, folder_size, accelerator.num_processes)
 
     # 7 schedule and prepare
     lr_scheduler = optim.create_lr_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, max_steps)
@@ -294,13 +301,13 @@ def main(argv=None):
     networks = {name: network for name, network in networks.items() if not hasattr(network, "unshard")}  # to validate
 
     # 8 state and resume
-    accelerator.register_for_checkpointing(lr_scheduler)
     stored = {"accelerator": accelerator, "unet": unet, "ema": ema, "lora_master": lora_master}
     checkpoint.use_network_hooks(accelerator, sd_export.save_networks, sd_export.load_networks, stored)
-    step = saved["step"]
+    step, micro_step = saved["step"], saved["step"] * args.gradient_accumulation_steps
     if resume:
         accelerator.load_state(str(resume))
-        log.info(f"Resuming from {resume}: step {step}, {batches.position['samples']} images seen.")
+        lr_scheduler.load_state_dict(saved["lr_scheduler"])
+        log.info(f"Resuming from {resume}: step {step} of {max_steps}.")
 
     # 9 manifest and dry run
     counts = {"global_batch": global_batch, "processes": accelerator.num_processes, "max_train_steps": max_steps,
@@ -319,7 +326,6 @@ def main(argv=None):
     progress = tqdm(total=max_steps, initial=step, desc="SLAM", unit="step", disable=not is_main, dynamic_ncols=True)
 
     # 10 loop
-    micro_step = step * args.gradient_accumulation_steps
     while step < max_steps:
         # 10a batch
         batch = sd_models.to_device(run_log.next_batch(batches), device)
@@ -332,15 +338,14 @@ def main(argv=None):
             latents, embeddings, sizes = sd_models.encode_batch(
                 parts, batch, blank, draw, resolution, args.vae_encode_batch_size, accelerator.autocast()
             )
-            size = len(latents)
             sizes = fixed_sizes if args.use_fix_crop_and_size else sizes
-            cond = sd_models.condition(parts, embeddings, sizes, size)
-            both = sd_models.stack_conditions(cond, sd_models.condition(parts, uncond, sizes, size))
+            cond = sd_models.condition(parts, embeddings, sizes, len(latents))
+            both = sd_models.stack_conditions(cond, sd_models.condition(parts, uncond, sizes, len(latents)))
 
             # 10c noise and time
-            index = torch.randint(args.num_ddim_timesteps, (size,), generator=draw, device=device)
+            index = torch.randint(args.num_ddim_timesteps, (len(latents),), generator=draw, device=device)
             noise = torch.randn(latents.shape, generator=draw, device=device)
-            uniform = torch.rand(2, size, generator=draw, device=device)
+            uniform = torch.rand(2, len(latents), generator=draw, device=device)
             gamma = splam.draw_fraction(uniform, args.gamma_min, args.gamma_one_prob)
             start, end = grid.start_timesteps[index], grid.end_timesteps[index]
             a, s = schedules.signal_and_noise(grid.alpha_cumprod_start[index], latents)
@@ -383,29 +388,28 @@ def main(argv=None):
             optim.step_if_finite(optimizer, guard.finish_step(grad_norm, scaled=half == torch.float16))
             optimizer.zero_grad(set_to_none=True)
             lr_scheduler.step()
-            if not accelerator.optimizer_step_was_skipped:
-                if ema:
-                    ema.update(student.parameters(), args.ema_decay)
-                elif lora_master:
-                    optim.lerp_(lora_master, [parameter.detach() for parameter in trainable], args.ema_decay)
+            if ema:
+                ema.update(student.parameters(), args.ema_decay)
+            elif lora_master:
+                optim.lerp_(lora_master, [parameter.detach() for parameter in trainable], args.ema_decay)
         step += 1
         progress.update()
 
         # 10h log
         run_log.add(grad_norm=grad_norm)
-        if run_log.due(step) or step == max_steps:
+        if run_log.due(step) or step == max_steps or args.dry_run:
             run_log.flush(step, progress, lr=lr_scheduler.get_last_lr()[0], skipped_steps=guard.check(),
                           skipped_samples=sum(batches.skipped.values()) or None)  # fmt: skip
         if args.dry_run:
-            continue
+            break
 
         # 10i save
         received = stop.agreed()
         paused = time.perf_counter()
-        if step % args.checkpointing_steps == 0 or received:
-            problem = checkpoint.save_checkpoint(
-                accelerator, output, step, state, batches.position, args.checkpoints_total_limit
-            )
+        if step % args.checkpointing_steps == 0 or received or step == max_steps:
+            state["lr_scheduler"] = lr_scheduler.state_dict()
+            limit = args.checkpoints_total_limit
+            problem = checkpoint.save_checkpoint(accelerator, output, step, state, batches.position, limit)
             log.error(problem) if problem else log.info(f"Saved {output}/checkpoint-{step}.")
         if received:
             advice = "this step is not saved" if problem else "go on with --resume_from_checkpoint=latest"
@@ -421,17 +425,16 @@ def main(argv=None):
     progress.close()
 
     # 11 export
-    accelerator.wait_for_everyone()
     weights = accelerator.get_state_dict(unet)
     if args.dry_run:
-        log.info("Dry run: one step on synthetic data was taken, nothing was saved.")
+        log.info("Dry run: one step was taken, nothing was saved.")
     elif is_main:
         if {half, vae_dtype} != {torch.float32} and not args.use_lora:  # the components as they were before the cast
             parts = load_parts()
-        card = {"teacher": args.pretrained_teacher_model, "name": repo_id or output.name, "w": args.w_scale, "steps": max_steps,
+        card = {"teacher": args.pretrained_teacher_model, "name": repo_id or str(output), "w": args.w_scale, "steps": max_steps,
                 "batch": global_batch, "resolution": resolution, "n": args.num_ddim_timesteps, "loss": args.loss_type,
                 "lr": rate, "prompt": prompts[0]}  # fmt: skip
-        sd_export.export(output, parts, accelerator.unwrap_model(unet), weights, ema, lora_config, lora_master, scheduler, card)
+        sd_export.export(output, parts, student, weights, ema, lora_config, lora_master, scheduler, card)
         log.info(f"Saved the distilled model in {output}.")
         if repo_id:
             hub.upload(output, repo_id, args.hub_token, args.logging_dir)

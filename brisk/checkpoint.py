@@ -64,6 +64,9 @@ def find_checkpoint(output_dir, wanted, say):
     Raises UserError where a checkpoint given by path cannot be used.
     """
     if not wanted:
+        found = [folder.name for folder in Path(output_dir).glob("checkpoint-*") if step_of(folder) is not None]
+        if found:
+            say(f"{output_dir} holds {', '.join(sorted(found))} of an earlier run, which this run does not use.")
         return None
     if wanted != "latest":
         for folder in (Path(wanted), Path(output_dir) / wanted):

@@ -6,12 +6,14 @@ arithmetic, a stream reopens the shard it was in and skips the headers of what w
 
 import itertools
 import math
+import os
 import queue
 import re
 import signal
 import tarfile
 import threading
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,11 +28,14 @@ HOPELESS = 1000  # samples seen without a usable one before the run stops
 
 
 def expand_shards(spec):
-    """The shard URLs of a `::`-separated list, each brace-expanded with zero padding kept."""
+    """The shard URLs of a `::`-separated list, each brace-expanded with zero padding kept; of a folder, all its tars."""
     import braceexpand
 
     try:
-        urls = [url for part in spec.split("::") for url in braceexpand.braceexpand(part) if url]
+        urls = []
+        for part in spec.split("::"):
+            inside = sorted(str(path) for path in Path(part).glob("*.tar")) if os.path.isdir(part) else None
+            urls += [url for url in inside or braceexpand.braceexpand(part) if url]
     except braceexpand.UnbalancedBracesError:
         raise UserError(f"the shard list '{redact(spec)}' has unbalanced braces.") from None
     if not urls:
@@ -302,6 +307,7 @@ class TrainingBatches:
         """`samples_per_batch` over all ranks; `say` takes messages about broken shards."""
         self.position = {**dataset.position, "cursors": dict(dataset.position["cursors"])}
         self.samples_per_batch, self.say, self.skipped, self.announce_at = samples_per_batch, say, Counter(), 1
+        self.told = set()
         loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, pin_memory=pin_memory,
                             prefetch_factor=4 if num_workers else None, worker_init_fn=_outlive_stop)  # fmt: skip
         self.batches = iter(loader)
@@ -314,7 +320,9 @@ class TrainingBatches:
         if "error" in batch:
             raise UserError(batch["error"])
         for note in batch.pop("notes", []):
-            self.say(note)
+            if note not in self.told:  # the same broken shard comes up in every pass
+                self.told.add(note)
+                self.say(note)
         self.skipped.update(batch.pop("skipped"))
         if self.skipped.total() >= self.announce_at:
             self.announce_at = 2 * self.skipped.total()

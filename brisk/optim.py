@@ -152,7 +152,10 @@ class FiniteGuard:
 
         Args: `scaled`: gradients are loss-scaled (fp16), where an infinite gradient is GradScaler's business.
         """
-        finite = torch.isfinite(gradient_norm).to(self.seen.device)
+        # DeepSpeed clips by itself and may give no norm, or a number
+        finite = torch.isfinite(
+            torch.as_tensor(0.0 if gradient_norm is None else gradient_norm, device=self.seen.device)
+        )
         if not scaled:
             self.seen[-1] |= ~finite
         bad = self.seen.any()

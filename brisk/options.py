@@ -205,7 +205,8 @@ SECRETS = (
     (re.compile(r"(?i)\b([\w-]*(?:token|secret|api-?key):\s*)[^\s\"']+"), r"\1<secret>"),
     (re.compile(r"(?<=\s)(-u\s*|--user[\s=]+)[^\s:]+:[^\s\"']+"), r"\1<secret>"),
     (re.compile(r"(?i)\b([\w-]*(?:token|secret|password|signature|credential|api_?key)[\w-]*=)[^&\s\"':]+"), r"\1<secret>"),
-    (re.compile(r"://[^/\s:@]+:[^/\s@]+@"), "://<secret>@"),
+    (re.compile(r"(?i)([?&](?:sig|key|x-amz-\w+|awsaccesskeyid)=)[^&\s\"']+"), r"\1<secret>"),
+    (re.compile(r"://[^/\s@]+@"), "://<secret>@"),
 )  # fmt: skip
 
 
@@ -247,7 +248,11 @@ def add_run_options(parser, output_dir, project):
     add("--checkpointing_steps", type=COUNT, default=500, help="optimizer steps between two checkpoints")
     add("--checkpoints_total_limit", type=COUNT, help="how many checkpoints to keep")
     add("--resume_from_checkpoint", help="'latest', or the path of a checkpoint folder")
-    add_flag(group, "--dry_run", "build everything, print the plan, take one step on synthetic data, stop")
+    add_flag(
+        group,
+        "--dry_run",
+        "build everything, print the plan, take one step (on grey images if no data is given), save nothing",
+    )
     add_flag(group, "--push_to_hub", "create the hub repository at the start and upload the result at the end")
     add("--hub_token", help="hub token (better: set HF_TOKEN); never logged")
     add("--hub_model_id", help="hub repository; default: the name of output_dir")

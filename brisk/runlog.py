@@ -52,8 +52,14 @@ def usable_precision(wanted):
     return "no" if wanted == "fp16" and not has_gpu else wanted
 
 
-def check_processes(accelerator):
-    """UserError where a launcher started several processes and each believes to be alone: they would overwrite each other."""
+def check_processes(accelerator, needs_whole_tensors=False):
+    """UserError for launches that cannot work.
+
+    Processes that each believe to be alone would overwrite each other; LoRA and 8-bit Adam (`needs_whole_tensors`)
+    cannot take FSDP's sharded parameters.
+    """
+    if needs_whole_tensors and accelerator.distributed_type == "FSDP":
+        raise UserError("FSDP shards the parameters, which --use_lora and --use_8bit_adam cannot take.")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise UserError(

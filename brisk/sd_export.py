@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import torch
 
@@ -12,13 +13,12 @@ from brisk.options import UserError
 from brisk.sd_models import load_lora_state, lora_state, save_network
 
 CARD = """---
-base_model: {teacher}
-library_name: diffusers
+{base_model}library_name: diffusers
 tags: [text-to-image, diffusion-distillation, slam, {kind}]
 ---
 # {name}
 
-`{teacher}` distilled to 1-8 sampling steps by SLAM (sub-path linear approximation, arXiv 2404.13903).
+`{teacher}` distilled to few sampling steps by SLAM (sub-path linear approximation, arXiv 2404.13903).
 Always pass `guidance_scale=1`: guidance (w = {w}) is part of the weights, and other values ask the network for
 something else than images.
 
@@ -184,6 +184,8 @@ def export(output, parts, student, weights, ema, lora_config, lora_master, sched
     """
     kind = "lora" if lora_config else "full"
     snippet = SNIPPETS[kind].format(**card)
+    # the hub takes ids only, and a local path is nobody's business
+    base_model = "" if Path(card["teacher"]).is_dir() else f"base_model: {card['teacher']}\n"
     try:
         if lora_config:
             save_lora(output, student, lora_config, parts.is_xl)
@@ -196,11 +198,12 @@ def export(output, parts, student, weights, ema, lora_config, lora_master, sched
             ema.network.float().load_state_dict(weights)
             build_pipeline(parts, ema.network, scheduler).save_pretrained(output)
         text = CARD.format(
-            **card | {"kind": kind, "snippet": snippet, "prompt": json.dumps(card["prompt"], ensure_ascii=False)}
+            **card | {"kind": kind, "snippet": snippet, "prompt": json.dumps(card["prompt"], ensure_ascii=False)},
+            base_model=base_model,
         )
         write_atomically(output / "README.md", text)
     except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
         raise UserError(
-            f"the final model could not be written to {output}: {' '.join(str(error).split())}; the checkpoints are "
-            "intact, run the same command with --resume_from_checkpoint=latest.", 1
+            f"the final model could not be written to {output}: {' '.join(str(error).split())}; its last "
+            "checkpoint is intact, run the same command with --resume_from_checkpoint=latest.", 1
         ) from error  # fmt: skip

@@ -37,6 +37,11 @@ def _pipeline_index(source, options):
     from diffusers import DiffusionPipeline
 
     folder = Path(source)
+    # only NAME or OWNER/NAME can be a hub id, and OWNER is no folder here
+    if not folder.is_dir() and (
+        source.count("/") > 1 or source[:1] in "./~" or ("/" in source and folder.parent.is_dir())
+    ):
+        raise UserError(f"--pretrained_teacher_model {source} is no such folder.")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(f"--pretrained_teacher_model {source} is a folder without model_index.json.")
     try:
@@ -258,7 +263,7 @@ def latent_moments(vae, pixels, batch_size):
 
     Args: `pixels` uint8 (B, 3, H, W). The VAE runs in its own precision: SDXL's overflows in fp16.
     """
-    parts = [vae.encode(chunk.to(vae.dtype) / 127.5 - 1).latent_dist for chunk in pixels.split(batch_size)]
+    parts = [vae.encode((chunk.float() / 127.5 - 1).to(vae.dtype)).latent_dist for chunk in pixels.split(batch_size)]
     return torch.cat([part.mean for part in parts]).float(), torch.cat([part.std for part in parts]).float()
 
 

@@ -7,7 +7,6 @@
 
 import copy
 import json
-import statistics
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -224,21 +223,22 @@ def synchronize(device):
 
 
 def time_row(setting, args, batch_size, half, device, networks):
-    """(median seconds per step, peak GiB) of a row."""
+    """(mean seconds per step, peak GiB) of a row."""
     import torch
 
     bench = Bench(setting, args.size, batch_size, half, device, networks)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for number in range(args.warmup + args.steps):
-        synchronize(device)
-        started = time.perf_counter()
+    for number in range(args.warmup):
         bench.step(number)
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
+    synchronize(device)
+    started = time.perf_counter()
+    for number in range(args.steps):  # no wait in between, so that a row which waits by itself shows it
+        bench.step(args.warmup + number)
+    synchronize(device)
+    seconds = (time.perf_counter() - started) / args.steps
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    return statistics.median(seconds[args.warmup :]), peak
+    return seconds, peak
 
 
 def main(argv=None):

@@ -10,12 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "train_splam_distill_sd_wds.py"
@@ -138,6 +140,7 @@ class Forked:
             file = open(self.log, "w", buffering=1)
             os.dup2(file.fileno(), 2)
             sys.stderr = file
+            tqdm.set_lock(threading.RLock())  # the bar's own lock is shared with the parent: a kill would leave it locked
             prepare()
             import train_splam_distill_sd_wds as script
             from brisk import options

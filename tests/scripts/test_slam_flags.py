@@ -125,15 +125,19 @@ def test_vae_dtype_casts_the_encoder_for_training_and_not_the_exported_one(preci
     (("--mixed_precision=bf16", "--teacher_dtype=fp32"), torch.float32),
     (("--mixed_precision=bf16", "--cast_teacher_unet"), torch.bfloat16),
 ))  # fmt: skip
-def test_teacher_dtype_and_mixed_precision_cast_the_teacher_and_never_the_student(flags, dtype, run_main, noted):
-    calls = noted(sd_models, "predict")
+def test_teacher_dtype_and_mixed_precision_cast_the_teacher_and_never_the_student(flags, dtype, run_main, monkeypatch):
+    found, predict = [], sd_models.predict
+
+    def noting(unet, *args):
+        output = predict(unet, *args)
+        found.append(({parameter.dtype for parameter in unet.parameters()}, output.dtype))
+        return output
+
+    monkeypatch.setattr(sd_models, "predict", noting)
     run = run_main(*flags, "--max_train_steps=1")
-    (teacher, *_), (target, *_), (student, *_) = (call[0] for call in calls)
-    assert {parameter.dtype for parameter in teacher.parameters()} == {dtype}
     half = torch.bfloat16 if "--mixed_precision=bf16" in flags else torch.float32
-    assert {parameter.dtype for parameter in target.parameters()} == {half}
-    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
-    assert all(call[2].dtype == torch.float32 for call in calls)
+    assert [kinds for kinds, _ in found] == [{dtype}, {half}, {torch.float32}], "teacher, target, student"
+    assert {kind for _, kind in found} == {torch.float32}
     assert np.isfinite(losses(run)).all()
 
 

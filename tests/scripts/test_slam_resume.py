@@ -57,10 +57,13 @@ def assert_same_run(output, expected):
 
 
 def wait_until(happened, process):
-    """Poll until `happened()`; False if the process ends before."""
+    """Poll until `happened()`; False if the process ends before. A process that hangs is killed."""
+    end = time.monotonic() + 240
     while not happened():
         if process.poll() is not None:
             return False
+        if time.monotonic() > end:
+            process.kill()
         time.sleep(0.005)
     return True
 

@@ -53,7 +53,7 @@ def test_families_are_told_apart_and_everything_is_frozen_float32(loaded, family
 
 def test_a_missing_folder_is_one_sentence_and_no_network_is_needed(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="neither a pipeline folder nor a hub model") as error:
+    with pytest.raises(UserError, match="is no such folder") as error:
         sd_models.load_parts(str(tmp_path / "none"))
     assert "\n" not in str(error.value)
 
