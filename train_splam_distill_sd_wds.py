@@ -6,7 +6,6 @@ Equations: arXiv 2404.13903, each a function of brisk/splam.py. Launch with `acc
 
 import copy
 import functools
-import os
 import sys
 import time
 from pathlib import Path
@@ -194,7 +193,6 @@ def main(argv=None):
     args, given = parse_args(argv)
     step_counts = check_args(args)
     prompts = options.read_prompts(args.validation_prompts)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration, broadcast_object_list
@@ -425,6 +423,7 @@ def main(argv=None):
     progress.close()
 
     # 11 export
+    accelerator.wait_for_everyone()
     weights = accelerator.get_state_dict(unet)
     if args.dry_run:
         log.info("Dry run: one step was taken, nothing was saved.")

@@ -40,6 +40,7 @@ def quiet_libraries():
     import diffusers
     import transformers
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # they warn when loader processes fork
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

@@ -110,7 +110,6 @@ class ShardWriter:
 
 def main(argv=None):
     args = parse_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
     from accelerate import Accelerator
     from torch.utils.data import DataLoader

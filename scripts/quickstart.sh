@@ -15,18 +15,16 @@ python scripts/make_tiny_teacher.py --shards "$OUT/shards"
 
 echo "== 2/4 encode images and captions once"
 OMP_NUM_THREADS="$CORES" python scripts/precompute_latents.py --pretrained_teacher_model assets/tiny-teacher \
-    --train_shards_path_or_url "$OUT/shards/handwriting-{00000..00005}.tar" --resolution 32 --batch_size 64 \
+    --train_shards_path_or_url "$OUT/shards" --resolution 32 --batch_size 64 \
     --output_dir "$OUT/latents"
 
 echo "== 3/4 distil: SLAM here; beside it, on the other half of the cores, LCM with the same budget (log: $OUT/lcm.log)"
-train() {
-    accelerate launch --cpu --num_processes 1 --num_cpu_threads_per_process "$HALF" train_splam_distill_sd_wds.py \
-        --config tiny_digits --precomputed_shards "$OUT/latents/latents-00-{00000..00005}.tar" "$@"
-}
-train --output_dir "$OUT/lcm" --subpath_param paper --gamma_one_prob 1 "$@" > "$OUT/lcm.log" 2>&1 &
+TRAIN=(python train_splam_distill_sd_wds.py --config tiny_digits --precomputed_shards "$OUT/latents")
+export OMP_NUM_THREADS="$HALF"
+"${TRAIN[@]}" --output_dir "$OUT/lcm" --subpath_param paper --gamma_one_prob 1 "$@" > "$OUT/lcm.log" 2>&1 &
 LCM=$!
 trap 'kill $LCM 2>/dev/null || true' EXIT
-train --output_dir "$OUT" "$@"
+"${TRAIN[@]}" --output_dir "$OUT" "$@"
 wait $LCM || { echo "error: the LCM run failed; the end of $OUT/lcm.log:" >&2; tail -5 "$OUT/lcm.log" >&2; exit 1; }
 
 echo "== 4/4 sample and measure"
