@@ -294,7 +294,7 @@ def main(argv=None):
 
     # 7 schedule and prepare
     lr_scheduler = optim.create_lr_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, max_steps)
-    unet, optimizer = accelerator.prepare(student, optimizer)
+    unet, optimizer = optim.prepare(accelerator, student, optimizer, args.train_batch_size, args.max_grad_norm)
     trainable = [parameter for parameter in unet.parameters() if parameter.requires_grad]  # FSDP replaces them
     networks = {name: network for name, network in networks.items() if not hasattr(network, "unshard")}  # to validate
 

@@ -90,6 +90,15 @@ def create_lr_scheduler(name, optimizer, warmup_steps, total_steps):
     return get_scheduler(name, optimizer=optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
 
 
+def prepare(accelerator, network, optimizer, batch_size, max_grad_norm):
+    """`accelerator.prepare`; DeepSpeed is told what it would otherwise read off a prepared dataloader."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None:
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
+        plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
+    return accelerator.prepare(network, optimizer)
+
+
 def step_if_finite(optimizer, finite):
     """One optimizer step, skipped where the 0-dim bool tensor `finite` is False.
 
