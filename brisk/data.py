@@ -78,21 +78,33 @@ def read_first_manifest(urls):
 
 def prefetch(items, size):
     """The items of a generator, produced ahead in a thread, so that reading overlaps with decoding."""
-    ready = queue.Queue(maxsize=size)
+    ready, stop = queue.Queue(maxsize=size), threading.Event()
+
+    def hand_over(item, error=None):
+        while not stop.is_set():
+            try:
+                return ready.put((item, error), timeout=1)
+            except queue.Full:
+                continue
 
     def produce():
         try:
             for item in items:
-                ready.put((item, None))
+                hand_over(item)
+                if stop.is_set():
+                    return
         except BaseException as error:  # handed to the consumer
-            ready.put((None, error))
+            hand_over(None, error)
 
     threading.Thread(target=produce, daemon=True).start()
-    while True:
-        item, error = ready.get()
-        if error is not None:
-            raise error
-        yield item
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stop.set()
 
 
 def collate(samples):

@@ -148,8 +148,10 @@ def signal_at(monkeypatch):
     return arrange
 
 
-@pytest.mark.parametrize(("number", "code"), ((signal.SIGTERM, 143), (signal.SIGINT, 130)))
-@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize(("setup", "number", "code"), (
+    ("no workers", signal.SIGINT, 130), ("no workers", signal.SIGTERM, 143), ("two workers", signal.SIGINT, 130),
+    ("two workers, accumulation", signal.SIGTERM, 143),
+))  # fmt: skip
 def test_stop_signal_saves_and_exits_with_its_code_and_the_run_goes_on(
     number, code, setup, unbroken, run_main, signal_at, monkeypatch, tmp_path
 ):
@@ -190,7 +192,7 @@ def test_truncated_newest_checkpoint_is_skipped_with_a_message(run_main, unbroke
     run = run_main(*FLAGS, output=output)
     for folder in ("checkpoint-10", "checkpoint-8", "checkpoint-6"):
         assert f"Skipping {output / folder}: " in run.log
-    assert f"Resuming from {output / 'checkpoint-4'}: step 4, 8 images seen." in run.log
+    assert f"Resuming from {output / 'checkpoint-4'}: step 4" in run.log
     assert_same_run(output, unbroken())
 
 
@@ -206,10 +208,11 @@ def test_a_finished_run_is_exported_again_unchanged(run_main, unbroken, tmp_path
     assert_same_run(output, unbroken())
 
 
-@pytest.mark.parametrize("flags", (("--use_lora",), ("--use_lora", "--lora_ema", "--lora_dropout=0.3"),
-                                   ("--mixed_precision=bf16", "--ema_decay=0.999"), ("--use_8bit_adam",),
-                                   ("--gradient_checkpointing", "--channels_last"),
-                                   ("--subpath_param=snr", "--loss_type=huber")), ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize("flags", (
+    ("--use_lora", "--lora_ema", "--lora_dropout=0.3"),
+    ("--mixed_precision=bf16", "--ema_decay=0.999", "--gradient_checkpointing", "--channels_last"),
+    ("--use_8bit_adam", "--subpath_param=snr", "--loss_type=huber"),
+), ids=" ".join)  # fmt: skip
 def test_every_kind_of_state_survives_a_stop(flags, run_main, unbroken, signal_at, monkeypatch, tmp_path):
     expected = unbroken(*flags)
     with monkeypatch.context():
