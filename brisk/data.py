@@ -4,6 +4,7 @@ A position is a small JSON dict. Resuming from it decodes nothing that was alrea
 arithmetic, a stream reopens the shard it was in and skips the headers of what was used.
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -95,6 +96,9 @@ def prefetch(items, size):
                     return
         except BaseException as error:  # handed to the consumer
             hand_over(None, error)
+        finally:
+            with contextlib.suppress(OSError):  # a pipe that is closed before its end complains
+                items.close()
 
     threading.Thread(target=produce, daemon=True).start()
     try:

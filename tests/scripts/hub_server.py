@@ -10,10 +10,10 @@ import threading
 class HubServer:
     """Listens on a free local port; `url` is its HF_ENDPOINT."""
 
-    def __init__(self, refuse_create=False, refuse_upload=False):
+    def __init__(self, refuse_create=(), refuse_upload=()):
+        """Args: names of repositories that may not be created or filled. `requests`: (path, authorization) of each one."""
         self.refuse_create, self.refuse_upload = refuse_create, refuse_upload
-        self.created, self.commits, self.files, self.blobs = [], [], {}, {}
-        self.requests, self.tokens = [], set()
+        self.created, self.commits, self.files, self.blobs, self.requests = [], {}, {}, {}, []
         hub = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -36,8 +36,7 @@ class HubServer:
                     self.rfile.readline()
                 else:
                     body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                hub.requests.append((self.command, self.path))
-                hub.tokens.add(self.headers.get("Authorization"))
+                hub.requests.append((self.path, self.headers.get("Authorization")))
                 self._answer(*hub.answer(self.command, self.path.split("?")[0], body))
 
             do_GET = do_POST = do_PUT = do_HEAD = _handle
@@ -67,7 +66,7 @@ class HubServer:
         if path == "/api/validate-yaml":
             return {"errors": [], "warnings": []}, 200
         if "/preupload/" in path:
-            if self.refuse_upload:
+            if path.removeprefix("/api/models/").split("/preupload/")[0] in self.refuse_upload:
                 return {"error": "You have exceeded your storage quota."}, 403
             files = json.loads(body)["files"]
             return {"files": [{"path": file["path"], "shouldIgnore": False,
@@ -84,10 +83,9 @@ class HubServer:
         return {"error": "Not Found"}, 404
 
     def _create(self, wanted):
-        if self.refuse_create:
+        name = f"{wanted.get('organization') or 'someone'}/{wanted['name']}"
+        if name in self.refuse_create:
             return {"error": "You don't have the rights to create a model under this namespace"}, 403
-        name = wanted["name"] if wanted.get("organization") is None else f"{wanted['organization']}/{wanted['name']}"
-        name = name if "/" in name else f"someone/{name}"
         self.created.append(name)
         return {"url": f"{self.url}/{name}", "id": name, "name": name}, 200
 
@@ -99,11 +97,13 @@ class HubServer:
 
     def _commit(self, repository, body):
         lines = [json.loads(line) for line in body.decode().splitlines() if line]
+        files = self.files.setdefault(repository, {})
         for line in lines:
             value = line["value"]
             if line["key"] == "file":
-                self.files[value["path"]] = base64.b64decode(value["content"])
+                files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                self.files[value["path"]] = self.blobs[value["oid"]]
-        self.commits.append(next(line["value"]["summary"] for line in lines if line["key"] == "header"))
+                files[value["path"]] = self.blobs[value["oid"]]
+        summary = next(line["value"]["summary"] for line in lines if line["key"] == "header")
+        self.commits.setdefault(repository, []).append(summary)
         return {"success": True, "commitOid": "0" * 40, "commitUrl": f"{self.url}/{repository}/commit/{'0' * 40}"}, 200
