@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure pipelines side by side: prompt agreement, Frechet distance, seconds per image, network evaluations.
+"""Measure pipelines side by side: prompt agreement, Frechet distance, size, seconds per image, network evaluations.
 
 Protocol `builtin`: the handwriting set. Every model draws the same captions from the same noise seeds; the oracle reads
 digit and colours off the images; the Frechet distance in its features is to held-out real images.
@@ -31,7 +31,14 @@ def parse_args(argv=None):
         action="append",
         default=[],
         metavar="NAME=FOLDER",
-        help="distilled pipeline, sampled without guidance",
+        help="pipeline distilled to few steps, sampled without guidance",
+    )
+    add(
+        "--student",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="pipeline with a smaller U-Net, sampled as the teacher is and compared with it image by image",
     )
     add("--oracle", default=str(ROOT / "assets/handwriting-oracle"), help="the classifier that reads the images")
     add("--output_dir", required=True, help="folder for report.json, report.png and report.html")
@@ -42,15 +49,16 @@ def parse_args(argv=None):
     add("--seeds", type=options.COUNT, default=3, help="number of seeds; the spread over them is reported")
     add("--batch_size", type=options.COUNT, default=200, help="images per pipeline call")
     args, _ = options.parse(parser, argv)
-    models = dict(entry.partition("=")[::2] for entry in args.model)
-    if models.keys() & RESERVED:
-        raise options.UserError(f"--model cannot be named {', '.join(sorted(RESERVED))}: the report uses these names.")
-    for name, folder in {"teacher": args.teacher, **models}.items():
+    args.model, args.student = (dict(entry.partition("=")[::2] for entry in given) for given in (args.model, args.student))
+    taken = [*args.model, *args.student]
+    if RESERVED & set(taken) or len(set(taken)) < len(taken):
+        reserved = ", ".join(sorted(RESERVED))
+        raise options.UserError(f"--model and --student need names of their own, and none of {reserved}: the report uses these.")
+    for name, folder in {"teacher": args.teacher, **args.model, **args.student}.items():
         if not (Path(folder) / "model_index.json").is_file():
             raise options.UserError(
                 f"{name}: '{folder}' is not a pipeline folder (NAME=FOLDER, with model_index.json)."
             )
-    args.model = models
     return args
 
 
@@ -113,14 +121,29 @@ def draw(pipeline, labels, steps, guidance_scale, seed, batch_size, progress=Non
     return torch.cat(images), seconds / len(captions), sum(rows) / len(captions)
 
 
-def measure(pipeline, oracle, reference, steps, guidance_scale, args, progress):
-    """One measurement M over all seeds, with the spread (standard deviation) over them."""
+def summarise(by_seed, features, reference):
+    """Means over seeds of figures [{name: value}], their spread, and the Frechet distance of all seeds' images together."""
     import torch
 
     from brisk.metrics import frechet_distance
+
+    row = {name: statistics.mean(figures[name] for figures in by_seed) for name in by_seed[0]}
+    row["frechet"] = frechet_distance(torch.cat(features), reference)
+    if len(by_seed) > 1:
+        row["spread"] = {name: statistics.stdev(figures[name] for figures in by_seed) for name in by_seed[0]}
+    return row
+
+
+def measure(pipeline, oracle, reference, steps, guidance_scale, args, progress, teacher_images=None):
+    """(one measurement M over all seeds, with the spread (standard deviation) over them; the images of each seed).
+
+    With `teacher_images`, what the teacher drew from the same noise, M has the distance to them.
+    """
+    from brisk import macs
+    from brisk.metrics import frechet_distance, psnr
     from brisk.scorers import prompt_agreement
 
-    by_seed, features, seconds = [], [], []
+    by_seed, features, seconds, drawn = [], [], [], []
     for seed in range(args.seeds):
         labels = wanted_labels(args.samples, seed)
         images, took, calls = draw(pipeline, labels, steps, guidance_scale, seed, args.batch_size, progress)
@@ -129,11 +152,15 @@ def measure(pipeline, oracle, reference, steps, guidance_scale, args, progress):
         by_seed.append(
             {**prompt_agreement(oracle, images, *labels), "frechet": frechet_distance(features[-1], reference)}
         )
-    row = {name: statistics.mean(figures[name] for figures in by_seed) for name in by_seed[0]}
-    row["frechet"] = frechet_distance(torch.cat(features), reference)
-    if args.seeds > 1:
-        row["spread"] = {name: statistics.stdev(figures[name] for figures in by_seed) for name in by_seed[0]}
-    return {**row, "seconds_per_image": statistics.median(seconds), "network_calls": calls}
+        if teacher_images:
+            by_seed[-1]["psnr_to_teacher"] = psnr(images, teacher_images[seed], span=2)
+        drawn.append(images)
+    row = summarise(by_seed, features, reference)
+    config = pipeline.unet.config
+    size = macs.unet_size(config, config.sample_size, pipeline.tokenizer.model_max_length)
+    row |= {"seconds_per_image": statistics.median(seconds), "network_calls": calls, "parameters": size.parameters,
+            "gmacs": size.total / 1e9}  # fmt: skip
+    return row, drawn
 
 
 def best_scheduler(pipeline, oracle, steps, args):
@@ -174,22 +201,26 @@ def main(argv=None):
         raise options.UserError(f"--oracle: {error}") from None
     held_out = handwriting.draw("test", 2000, seed=0)["images"]
     reference = oracle.features(held_out)
-    figures, pictures = {"teacher": {}}, {}
-    rows = len(teacher_steps) + len(model_steps) * len(args.model)
+    figures, pictures = {name: {} for name in ("teacher", *args.student)}, {}
+    rows = len(teacher_steps) * (1 + len(args.student)) + len(model_steps) * len(args.model)
     progress = tqdm(total=rows * args.samples * args.seeds, desc="measuring", unit="image", dynamic_ncols=True)
     teacher = load_pipeline(args.teacher)
-    own = teacher.scheduler
+    own, students = teacher.scheduler, {name: load_pipeline(folder) for name, folder in args.student.items()}
     for steps in teacher_steps:
         name, teacher.scheduler = type(own).__name__.removesuffix("Scheduler"), own
         if steps < 20:
             name, teacher.scheduler = best_scheduler(teacher, oracle, steps, args)
-        row = measure(teacher, oracle, reference, steps, args.guidance_scale, args, progress)
-        figures["teacher"][str(steps)] = {**row, "scheduler": name}
-        pictures["teacher", str(steps)] = show(teacher, steps, args.guidance_scale)
+        teacher_images = None
+        for key, pipeline in {"teacher": teacher, **students}.items():
+            pipeline.scheduler = teacher.scheduler
+            row, images = measure(pipeline, oracle, reference, steps, args.guidance_scale, args, progress, teacher_images)
+            teacher_images = teacher_images or images
+            figures[key][str(steps)] = {**row, "scheduler": name}
+            pictures[key, str(steps)] = show(pipeline, steps, args.guidance_scale)
     for name, folder in args.model.items():
         pipeline, figures[name] = load_pipeline(folder), {}
         for steps in model_steps:
-            row = measure(pipeline, oracle, reference, steps, 1.0, args, progress)
+            row, _ = measure(pipeline, oracle, reference, steps, 1.0, args, progress)
             figures[name][str(steps)] = {
                 **row,
                 "scheduler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
@@ -198,17 +229,20 @@ def main(argv=None):
     progress.close()
     facts = {"protocol": args.protocol, "samples_per_seed": args.samples, "seeds": args.seeds,
              "guidance_scale": args.guidance_scale, "batch_size": args.batch_size, "reference": "2000 tinted held-out scans",
-             "models": {"teacher": args.teacher, **args.model}, "environment": runlog.environment()}  # fmt: skip
+             "models": {"teacher": args.teacher, **args.student, **args.model}, "environment": runlog.environment()}  # fmt: skip
     notes = [
         "digit, foreground, background, all: share of images in which the oracle reads what the caption asked for. "
         "frechet: distance to held-out real images in the oracle's features. network calls: U-Net evaluations per image, "
-        "two per step under guidance.",
+        "two per step under guidance. parameters, gmacs: of the U-Net, billions of multiply-accumulates of one call.",
         f"Below 20 steps the teacher uses whichever standard scheduler agreed best on {args.samples} other images.",
     ]
+    if args.student:
+        notes.append("psnr to teacher: peak signal-to-noise ratio in dB to the teacher's images from the same noise.")
     captions = [handwriting.caption(*labels) for labels in SHOWN]
     table = report.write_report(
-        args.output_dir, "brisk: built-in handwriting protocol", figures, facts, notes, pictures, captions
-    )
+        args.output_dir, "brisk: built-in handwriting protocol", figures, facts, notes, pictures, captions,
+        "parameters" if args.student and not args.model else "network_calls",
+    )  # fmt: skip
     print(f"\n{table}\n\n{args.output_dir}/report.png  report.html  report.json")
 
 

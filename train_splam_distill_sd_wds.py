@@ -80,6 +80,7 @@ def parse_args(argv=None):
     add("--validation_num_inference_steps", default="1,2,4", help="sampling steps, comma-separated")
     add("--num_validation_images", type=options.COUNT, default=4, help="images per prompt")
     options.add_data_options(parser)
+    options.add_batch_options(parser)
     options.add_optimizer_options(parser, learning_rate=1e-4)
     options.add_speed_options(parser)
     options.add_run_options(parser, output_dir="splam-distilled", project="splam-distill")
@@ -88,15 +89,6 @@ def parse_args(argv=None):
 
 def check_args(args):
     """The numbers of validation steps; UserError for options that contradict each other."""
-    sources = [args.train_shards_path_or_url, args.train_data_dir, args.precomputed_shards]
-    if sum(source is not None for source in sources) != 1 and not args.dry_run:
-        raise options.UserError("give one of --train_shards_path_or_url, --train_data_dir and --precomputed_shards.")
-    if not args.train_data_dir and not args.max_train_samples and not args.max_train_steps and not args.dry_run:
-        raise options.UserError(
-            "shards are an endless stream: give --max_train_steps, or --max_train_samples per epoch."
-        )
-    if args.wds_max_pwatermark is not None and args.train_data_dir:
-        raise options.UserError("--wds_max_pwatermark needs the json files of shards; an image folder has none.")
     if args.use_lora and args.teacher_dtype in ("fp16", "bf16"):
         raise options.UserError("--use_lora shares the teacher's weights: --teacher_dtype must be auto or fp32.")
     steps = options.read_counts("--validation_num_inference_steps", args.validation_num_inference_steps)
@@ -110,69 +102,18 @@ def check_args(args):
 
 def effects(args, mixed_precision):
     """For each flag that may do nothing: (whether it counts in this run, what it needs)."""
-    folder_or_shards = not args.precomputed_shards
     lora = {name: (args.use_lora, "--use_lora") for name in
             ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_ema")}  # fmt: skip
-    online = {name: (folder_or_shards, "online encoding (--precomputed_shards is set)") for name in
-              ("center_crop", "random_flip", "interpolation_type", "wds_min_size", "wds_max_pwatermark",
-               "vae_encode_batch_size")}  # fmt: skip
     full = {name: (not args.use_lora, "full training (--use_lora is set)") for name in
             ("unet_time_cond_proj_dim", "gamma_embed_scale", "cond_proj_init")}  # fmt: skip
-    return lora | online | full | {
+    return options.common_effects(args, mixed_precision) | lora | full | {
+        "vae_encode_batch_size": (not args.precomputed_shards, "online encoding (--precomputed_shards is set)"),
         "huber_c": (args.loss_type == "huber", "--loss_type huber"),
-        "lr_warmup_steps": (args.lr_scheduler != "constant", "an --lr_scheduler other than constant"),
         "ema_decay": (not args.use_lora or args.lora_ema, "--lora_ema (--use_lora is set)"),
         "cast_teacher_unet": (mixed_precision in ("fp16", "bf16"), "--mixed_precision fp16 or bf16"),
-        "mixed_precision": (args.mixed_precision in (None, mixed_precision), "a GPU: float32 is used (bf16 works on CPUs)"),
-        "hub_token": (args.push_to_hub, "--push_to_hub"),
-        "hub_model_id": (args.push_to_hub, "--push_to_hub"),
         "num_validation_images": (args.validation_steps > 0, "--validation_steps"),
         "validation_prompts": (args.validation_steps > 0, "--validation_steps"),
-        "data_resume": (not args.train_data_dir, "shards (a folder always goes on exactly)"),
-        "num_train_epochs": (not args.max_train_steps, "leaving out --max_train_steps"),
     }  # fmt: skip
-
-
-def open_batches(args, parts, manifest, resolution, accelerator, seed, position, say):
-    """(endless iterator over the training batches of this process, number of images of a folder or None)."""
-    from brisk import data, samples, sd_models, tiny
-
-    rank, batch = accelerator.process_index, args.train_batch_size
-    if not (args.precomputed_shards or args.train_data_dir or args.train_shards_path_or_url):
-        return tiny.SyntheticBatches(sd_models.Tokenize(parts.tokenizers), batch, resolution), None
-    if args.precomputed_shards:
-        urls = data.expand_shards(args.precomputed_shards)
-        samples.check_manifest(data.read_first_manifest(urls), manifest)
-        decode = samples.CachedLatents(manifest, args.proportion_empty_prompts)
-        dataset = data.ShardBatches(urls, decode, batch, seed, rank, position, manifest=manifest)
-    else:
-        decode = samples.ImageCaptions(
-            sd_models.Tokenize(parts.tokenizers), resolution, args.center_crop, args.random_flip, args.interpolation_type,
-            args.proportion_empty_prompts, args.wds_min_size, args.wds_max_pwatermark,
-        )  # fmt: skip
-        if args.train_data_dir:
-            files = samples.list_folder(args.train_data_dir)
-            without = sum(caption is None for _, caption in files)
-            if without:
-                say(f"{without} of {len(files)} images have no caption: they are skipped.")
-            dataset = data.FolderBatches(files, decode, batch, seed, rank, accelerator.num_processes, position)
-        else:
-            urls = data.expand_shards(args.train_shards_path_or_url)
-            dataset = data.ShardBatches(urls, decode, batch, seed, rank, position)
-    batches = data.TrainingBatches(dataset, args.dataloader_num_workers, accelerator.device.type == "cuda",
-                                   batch * accelerator.num_processes, say)  # fmt: skip
-    return batches, len(files) if args.train_data_dir else None
-
-
-def plan_steps(args, folder_size, processes):
-    """Optimizer steps of the run: `--max_train_steps`, or epochs of `--max_train_samples` (of a folder: all) images."""
-    from brisk import data
-
-    images = args.max_train_samples or folder_size or 1  # 1: a dry run without data
-    return args.max_train_steps or data.total_steps(
-        args.num_train_epochs, images, args.train_batch_size, processes,
-        args.dataloader_num_workers, args.gradient_accumulation_steps,
-    )  # fmt: skip
 
 
 def make_student(args, teacher, warn):
@@ -191,23 +132,21 @@ def make_student(args, teacher, warn):
 def main(argv=None):
     # 1 options
     args, given = parse_args(argv)
-    step_counts = check_args(args)
+    step_counts, wanted = check_args(args), options.data_options(args)
     prompts = options.read_prompts(args.validation_prompts)
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration, broadcast_object_list
+    import torch  # noqa: I001
+    from accelerate.utils import broadcast_object_list
     from diffusers import DDPMScheduler
     from tqdm import tqdm
 
-    from brisk import checkpoint, data, hub, optim, runlog, schedules, sd_export, sd_models, seeding, splam
+    from brisk import checkpoint, hub, network_files, optim, runlog, schedules, sd_export, sd_inputs, sd_models
+    from brisk import seeding, sources, splam
 
     # 2 accelerator and seeds and log
-    project = ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir))
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps, mixed_precision=runlog.usable_precision(args.mixed_precision),
-        log_with=runlog.check_trackers("none" if args.dry_run else args.report_to), project_config=project,
+    accelerator = runlog.create_accelerator(
+        args.output_dir, args.logging_dir, args.gradient_accumulation_steps, args.mixed_precision,
+        "none" if args.dry_run else args.report_to, needs_whole_tensors=args.use_lora or args.use_8bit_adam,
     )  # fmt: skip
-    runlog.check_processes(accelerator, args.use_lora or args.use_8bit_adam)
     device, rank, is_main = accelerator.device, accelerator.process_index, accelerator.is_main_process
     output, log = runlog.open_output(rank, args.output_dir), runlog.setup_logging(accelerator)
     stop = checkpoint.StopSignal(accelerator)
@@ -234,7 +173,7 @@ def main(argv=None):
     facts["prediction_type"] = prediction_type
     try:
         grid = schedules.solver_grid(alphas_cumprod, args.num_ddim_timesteps).to(device)
-        schedules.check_prediction_type(prediction_type, grid)
+        schedules.check_prediction_type(prediction_type, grid.alpha_cumprod_start)
         checkpoint.check_same(saved, **facts)
     except ValueError as error:
         raise options.UserError(str(error)) from None
@@ -247,9 +186,8 @@ def main(argv=None):
     # 4 memory and precision
     half = sd_models.DTYPES.get(accelerator.mixed_precision, torch.float32)
     teacher_dtype = half if args.teacher_dtype == "auto" else sd_models.DTYPES[args.teacher_dtype]
-    own_vae = args.pretrained_vae_model_name_or_path
-    vae_dtype = sd_models.vae_dtype(args.vae_dtype, accelerator.mixed_precision, own_vae, parts.is_xl)
-    manifest = sd_models.cache_manifest(parts, resolution) if args.precomputed_shards else None
+    vae_dtype = sd_models.vae_dtype(args.vae_dtype, half, args.pretrained_vae_model_name_or_path, parts.is_xl)
+    manifest = args.precomputed_shards and sd_models.cache_manifest(parts, resolution)
     sd_models.place(parts, device, vae_dtype, half)
     sd_models.cast_frozen(teacher.to(device), teacher_dtype)
     student.to(device).train()
@@ -264,9 +202,8 @@ def main(argv=None):
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     runlog.allow_fast_maths(args.allow_tf32)
-    blank = sd_models.encode_blank(parts, device)
-    if args.precomputed_shards:  # encoders wait on the CPU: only validation needs them
-        sd_models.place(parts, "cpu", torch.float32, torch.float32)
+    blank = sd_inputs.encode_blank(parts, device)
+    sd_models.set_aside(sources.unused_modules(wanted, parts))
 
     # 5 EMA and optimizer
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -276,21 +213,19 @@ def main(argv=None):
     global_batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     rate = args.learning_rate * (global_batch if args.scale_lr else 1)
     optimizer = optim.create_optimizer(
-        trainable, rate, (args.adam_beta1, args.adam_beta2), args.adam_weight_decay, args.adam_epsilon,
-        args.use_8bit_adam, device, log.warning,
+        "adamw8bit" if args.use_8bit_adam else "adamw", trainable, rate, (args.adam_beta1, args.adam_beta2),
+        args.adam_weight_decay, args.adam_epsilon, device, log.warning,
     )  # fmt: skip
 
     # 6 data
-    source = seeding.derive(seed, args.train_shards_path_or_url, args.train_data_dir, args.precomputed_shards)
-    position = data.start_position(source)
-    if resume:
-        position = data.continue_position(
-            checkpoint.read_rank_state(resume, rank), saved["step"] * args.gradient_accumulation_steps,
-            args.dataloader_num_workers, saved["processes"] == accelerator.num_processes, args.train_data_dir,
-            args.data_resume, log.warning, source,
-        )  # fmt: skip
-    batches, folder_size = open_batches(args, parts, manifest, resolution, accelerator, seed, position, log.warning)
-    max_steps = plan_steps(args, folder_size, accelerator.num_processes)
+    rows = sources.open_rows(wanted, args.cache_dir, log.warning)
+    position = sources.find_position(wanted, rows, seed, resume, saved, accelerator, log.warning)
+    batches = sources.open_batches(
+        wanted, rows, sd_inputs.Tokenize(parts.tokenizers), args.train_batch_size, resolution, manifest, accelerator, seed,
+        position, log.warning,
+    )  # fmt: skip
+    max_steps = sources.plan_steps(wanted, rows, args.num_train_epochs, args.max_train_steps, args.train_batch_size,
+                                   args.gradient_accumulation_steps, accelerator.num_processes)  # fmt: skip
 
     # 7 schedule and prepare
     lr_scheduler = optim.create_lr_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, max_steps)
@@ -299,18 +234,22 @@ def main(argv=None):
     networks = {name: network for name, network in networks.items() if not hasattr(network, "unshard")}  # to validate
 
     # 8 state and resume
-    stored = {"accelerator": accelerator, "unet": unet, "ema": ema, "lora_master": lora_master}
-    checkpoint.use_network_hooks(accelerator, sd_export.save_networks, sd_export.load_networks, stored)
+    save, load = network_files.save_networks, network_files.load_networks
+    stored = {"network": unet, "name": "unet", "averages": {"unet_target": ema}}
+    if args.use_lora:
+        save, load, stored = sd_export.save_adapters, sd_export.load_adapters, {"unet": unet, "lora_master": lora_master}
+    checkpoint.use_network_hooks(accelerator, save, load, {"accelerator": accelerator, **stored})
     step, micro_step = saved["step"], saved["step"] * args.gradient_accumulation_steps
     if resume:
         accelerator.load_state(str(resume))
         lr_scheduler.load_state_dict(saved["lr_scheduler"])
         log.info(f"Resuming from {resume}: step {step} of {max_steps}.")
+        for sentence in options.changed_options(saved.get("options", {}), options.public(args)):
+            log.warning(sentence)
 
     # 9 manifest and dry run
-    counts = {"global_batch": global_batch, "processes": accelerator.num_processes, "max_train_steps": max_steps,
-              "parameters": sum(parameter.numel() for parameter in student.parameters()),
-              "trainable_parameters": sum(parameter.numel() for parameter in trainable), "seed": seed}  # fmt: skip
+    counts = {"global_batch": global_batch, "processes": accelerator.num_processes, "max_train_steps": max_steps, "seed": seed,
+              "parameters": student.num_parameters(), "trainable_parameters": sum(p.numel() for p in trainable)}  # fmt: skip
     log.info("  ".join(f"{name} {value:,}" if name != "seed" else f"seed {value}" for name, value in counts.items()))
     if is_main and not args.dry_run:
         runlog.write_manifest(output, options.public(args), {**facts, **counts})
@@ -318,8 +257,8 @@ def main(argv=None):
     snr_table = splam.log_snr_table(alphas_cumprod).to(device) if args.subpath_param == "snr" else None
     guard = optim.FiniteGuard(("latents", "prompt embeddings", "teacher", "target", "student", "loss"), device)
     run_log = runlog.RunLog(accelerator, None if args.dry_run else output, args.log_every, global_batch, step)
-    state = {**facts, "seed": seed, "processes": accelerator.num_processes}
-    uncond = sd_models.unconditional(parts, blank)
+    state = {**facts, "seed": seed, "processes": accelerator.num_processes, "options": options.public(args)}
+    uncond = sd_inputs.unconditional(parts, blank)
     fixed_sizes = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]], device=device)
     progress = tqdm(total=max_steps, initial=step, desc="SLAM", unit="step", disable=not is_main, dynamic_ncols=True)
 
@@ -333,12 +272,12 @@ def main(argv=None):
             micro_step += 1
 
             # 10b encode or read cache
-            latents, embeddings, sizes = sd_models.encode_batch(
+            latents, embeddings, sizes = sd_inputs.encode_batch(
                 parts, batch, blank, draw, resolution, args.vae_encode_batch_size, accelerator.autocast()
             )
             sizes = fixed_sizes if args.use_fix_crop_and_size else sizes
-            cond = sd_models.condition(parts, embeddings, sizes, len(latents))
-            both = sd_models.stack_conditions(cond, sd_models.condition(parts, uncond, sizes, len(latents)))
+            cond = sd_inputs.condition(parts, embeddings, sizes, len(latents))
+            both = sd_inputs.stack_conditions(cond, sd_inputs.condition(parts, uncond, sizes, len(latents)))
 
             # 10c noise and time
             index = torch.randint(args.num_ddim_timesteps, (len(latents),), generator=draw, device=device)
@@ -417,7 +356,7 @@ def main(argv=None):
 
         # 10j validate
         if args.validation_steps and step % args.validation_steps == 0 and is_main:
-            sd_export.validate(accelerator, parts, networks, scheduler, prompts, step_counts, args.num_validation_images,
+            sd_export.validate(accelerator, parts, networks, scheduler, prompts, step_counts, 1.0, args.num_validation_images,
                                resolution, output / f"validation/step-{step:06d}", step, seed)  # fmt: skip
         run_log.pause(time.perf_counter() - paused)
     progress.close()
@@ -437,6 +376,7 @@ def main(argv=None):
         log.info(f"Saved the distilled model in {output}.")
         if repo_id:
             hub.upload(output, repo_id, args.hub_token, args.logging_dir)
+    accelerator.wait_for_everyone()  # else the other processes would leave the group while the main one still writes
     accelerator.end_training()
 
 

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from brisk.options import UserError, redact
-from brisk.samples import MANIFEST_KEY, Skip, check_manifest, metadata_of, read_file_sample
+from brisk.samples import MANIFEST_KEY, Skip, check_manifest, metadata_of
 from brisk.seeding import derive
 
 FIRST_BLOCK = 128  # samples shuffled together at the start; doubles up to the shuffle buffer
@@ -164,21 +164,22 @@ def _guard(batches):
 
 
 class FolderBatches(IterableDataset):
-    """Batches of an image folder: a new permutation per epoch, the same at any number of workers.
+    """Batches of a folder or dataset: a new permutation per epoch, the same at any number of workers.
 
     Global sample g stands at place g mod n of the permutation of epoch g // n; rank r takes every r-th batch.
     """
 
-    def __init__(self, files, decode, batch_size, seed, rank, world_size, position):
-        self.files, self.decode, self.batch_size = files, decode, batch_size
+    def __init__(self, rows, decode, batch_size, seed, rank, world_size, position):
+        """`rows`: a sequence of raw samples, e.g. `samples.FolderRows`."""
+        self.rows, self.decode, self.batch_size = rows, decode, batch_size
         self.seed, self.rank, self.world_size, self.position = seed, rank, world_size, position
         self.epoch, self.order = None, None
 
     def _index(self, place):
-        epoch, within = divmod(place, len(self.files))
+        epoch, within = divmod(place, len(self.rows))
         if epoch != self.epoch:
             self.epoch = epoch
-            self.order = np.random.default_rng(derive(self.seed, "epoch", epoch)).permutation(len(self.files))
+            self.order = np.random.default_rng(derive(self.seed, "epoch", epoch)).permutation(len(self.rows))
         return int(self.order[within])
 
     def _batch(self, number, maker):
@@ -187,9 +188,9 @@ class FolderBatches(IterableDataset):
             for attempt in itertools.count():
                 rng = np.random.default_rng(derive(self.seed, "sample", place, attempt))
                 # an unusable file is replaced by another one, so that places stay arithmetic
-                index = int(rng.integers(len(self.files))) if attempt else self._index(place)
+                index = int(rng.integers(len(self.rows))) if attempt else self._index(place)
                 usable = maker.usable
-                batch = maker.add(lambda index=index: read_file_sample(*self.files[index]), rng)
+                batch = maker.add(lambda index=index: self.rows[index], rng)
                 if batch:
                     return batch
                 if maker.usable > usable:
@@ -273,13 +274,14 @@ class OnePass(IterableDataset):
     """Every sample of a source once (`copies` times), divided over processes and workers; for preparing data."""
 
     def __init__(self, sources, decode, copies, seed, rank, world_size):
-        """`sources`: (path, caption) pairs of `samples.list_folder`, or shard URLs."""
+        """`sources`: rows such as `samples.FolderRows`, or a list of shard URLs."""
         self.sources, self.decode, self.copies, self.seed = sources, decode, copies, seed
         self.rank, self.world_size = rank, world_size
 
-    def _raw(self, source):
+    def _raw(self, number):
+        source = self.sources[number]
         if not isinstance(source, str):
-            yield read_file_sample(*source)
+            yield source
             return
         try:
             yield from read_shard(source)
@@ -292,7 +294,7 @@ class OnePass(IterableDataset):
         mine = range(self.rank * workers + worker, len(self.sources), self.world_size * workers)
         for number in mine:
             try:
-                for place, raw in enumerate(self._raw(self.sources[number])):
+                for place, raw in enumerate(self._raw(number)):
                     for copy in range(self.copies):
                         rng = np.random.default_rng(derive(self.seed, "once", number, place, copy))
                         yield self._decoded(raw, rng)
@@ -319,11 +321,15 @@ def _outlive_stop(worker):
 class TrainingBatches:
     """Iterator over batches that knows its position and counts skipped samples."""
 
-    def __init__(self, dataset, num_workers, pin_memory, samples_per_batch, say):
-        """`samples_per_batch` over all ranks; `say` takes messages about broken shards."""
+    def __init__(self, dataset, num_workers, pin_memory, samples_per_batch, say, broken_share=None):
+        """`samples_per_batch` over all ranks; `say` takes messages about broken shards.
+
+        More than `broken_share` of unreadable samples, of all in the epochs begun, is a UserError.
+        """
         self.position = {**dataset.position, "cursors": dict(dataset.position["cursors"])}
         self.samples_per_batch, self.say, self.skipped, self.announce_at = samples_per_batch, say, Counter(), 1
-        self.told = set()
+        self.told, self.broken_share, self.seen = set(), broken_share, 0
+        self.epoch = len(dataset.rows) if isinstance(dataset, FolderBatches) else HOPELESS
         loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, pin_memory=pin_memory,
                             prefetch_factor=4 if num_workers else None, worker_init_fn=_outlive_stop)  # fmt: skip
         self.batches = iter(loader)
@@ -344,12 +350,20 @@ class TrainingBatches:
             self.announce_at = 2 * self.skipped.total()
             why = ", ".join(f"{count} x {reason}" for reason, count in self.skipped.most_common())
             self.say(f"Samples skipped so far: {why}.")
+        self._check_broken(len(next(iter(batch.values()))))
         moved = batch.pop("position")
         self.position["workers"] = moved.pop("workers")
         self.position["cursors"].update(moved)
         self.position["batches"] += 1
         self.position["samples"] += self.samples_per_batch
         return batch
+
+    def _check_broken(self, usable):
+        broken = sum(count for reason, count in self.skipped.items() if reason.startswith("unreadable"))
+        self.seen += usable
+        total = math.ceil(self.seen / self.epoch) * self.epoch  # broken files may come first in an epoch
+        if self.broken_share is not None and broken > self.broken_share * total:
+            raise UserError(f"{broken} samples are unreadable, more than {self.broken_share:.0%} of {total}: mend the data.")
 
 
 def continue_position(saved, step_batches, workers, same_ranks, is_folder, mode, say, source=None):

@@ -23,6 +23,8 @@ COLOURS = {
 }
 # One scan in six of each digit is kept out of everything that is trained.
 HELD_OUT_EVERY = 6
+# The images by class are on this paper: their colours are no part of the class, and 56 pairs of them are harder than the digits.
+CLASS_PAPER = "black"
 
 
 def load_strokes(split: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,20 +75,25 @@ def parse_caption(text: str) -> tuple[int, int, int]:
     return DIGIT_WORDS.index(words[3]), names.index(words[1]), names.index(words[6])
 
 
-def draw(split: str, count: int, seed: int) -> dict:
-    """Draw `count` tinted images with replacement, the same ones for the same seed.
+def draw(split: str, count: int, seed: int, paper: str | None = None) -> dict:
+    """Draw `count` tinted images with replacement, the same ones for the same seed; with `paper` all on that colour.
 
     Returns images (count, 3, 32, 32) in [-1, 1], captions (list of str), and int64 tensors digits, foregrounds and
     backgrounds (count,); the two colours of an image always differ."""
-    return draw_from(*load_strokes(split), count, torch.Generator().manual_seed(seed))
+    return draw_from(*load_strokes(split), count, torch.Generator().manual_seed(seed), paper)
 
 
-def draw_from(strokes: torch.Tensor, digits: torch.Tensor, count: int, generator: torch.Generator) -> dict:
+def draw_from(
+    strokes: torch.Tensor, digits: torch.Tensor, count: int, generator: torch.Generator, paper: str | None = None
+) -> dict:
     """Do what `draw` does with strokes (N, 32, 32) and digits (N,) already in memory."""
     which = torch.randint(len(strokes), (count,), generator=generator)
     foregrounds = torch.randint(len(COLOURS), (count,), generator=generator)
     offset = torch.randint(1, len(COLOURS), (count,), generator=generator)
     backgrounds = (foregrounds + offset) % len(COLOURS)
+    if paper:
+        backgrounds = torch.full((count,), list(COLOURS).index(paper))
+        foregrounds = (backgrounds + offset) % len(COLOURS)
     digits = digits[which]
     rows = zip(digits.tolist(), foregrounds.tolist(), backgrounds.tolist(), strict=True)
     return {
@@ -98,31 +105,36 @@ def draw_from(strokes: torch.Tensor, digits: torch.Tensor, count: int, generator
     }
 
 
+def _train_samples(seed, copies, papers):
+    """[(stroke (32, 32), digit, ink, paper)] of the train split, each scan in `copies` colour pairs, in one shuffled order."""
+    pairs = [(ink, paper) for ink in range(len(COLOURS)) for paper in papers if ink != paper]
+    if not 1 <= copies <= len(pairs):
+        raise ValueError(f"copies must be between 1 and {len(pairs)}, got {copies}.")
+    strokes, digits = load_strokes("train")
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.stack([torch.randperm(len(pairs), generator=generator)[:copies] for _ in strokes])
+    places = [divmod(place, copies) for place in torch.randperm(chosen.numel(), generator=generator).tolist()]
+    return [(strokes[row], int(digits[row]), *pairs[int(chosen[row, copy])]) for row, copy in places]
+
+
 def write_shards(folder: str | Path, seed: int = 0, copies: int = 4, samples_per_shard: int = 1000) -> list[Path]:
     """Write the train split as WebDataset shards `handwriting-00000.tar`, ...; return their paths.
 
     Each scan appears in `copies` different colour pairs (1 to 56), in one shuffled order. A sample is KEY.png, KEY.txt
     (caption) and KEY.json (width, height). Equal arguments give equal bytes. Each shard is written under a temporary
     name and renamed; shards of an earlier call with more of them are removed."""
-    pairs = [(ink, paper) for ink in range(len(COLOURS)) for paper in range(len(COLOURS)) if ink != paper]
-    if not 1 <= copies <= len(pairs):
-        raise ValueError(f"copies must be between 1 and {len(pairs)}, got {copies}.")
+    samples = _train_samples(seed, copies, range(len(COLOURS)))
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    strokes, digits = load_strokes("train")
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.stack([torch.randperm(len(pairs), generator=generator)[:copies] for _ in strokes])
-    order = torch.randperm(chosen.numel(), generator=generator).tolist()
     paths = []
-    for start in range(0, len(order), samples_per_shard):
+    for start in range(0, len(samples), samples_per_shard):
         path = folder / f"handwriting-{len(paths):05d}.tar"
         temporary = path.with_suffix(".tar.partial")
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for number in range(start, min(start + samples_per_shard, len(order))):
-                row, copy = divmod(order[number], copies)
-                _add_sample(tar, f"{number:06d}", strokes[row], int(digits[row]), *pairs[int(chosen[row, copy])])
+            for number, sample in enumerate(samples[start : start + samples_per_shard], start):
+                _add_sample(tar, f"{number:06d}", *sample)
         temporary.replace(path)
         paths.append(path)
     for stale in set(folder.glob("handwriting-?????.tar")) - set(paths):
@@ -130,11 +142,26 @@ def write_shards(folder: str | Path, seed: int = 0, copies: int = 4, samples_per
     return paths
 
 
-def _add_sample(tar: tarfile.TarFile, key: str, stroke: torch.Tensor, digit: int, ink: int, paper: int) -> None:
+def write_class_folders(folder: str | Path, seed: int = 0, copies: int = 4) -> int:
+    """Write the train split on `CLASS_PAPER` as FOLDER/0/NUMBER.png ... FOLDER/9/NUMBER.png by digit; return how many images.
+
+    Each scan appears in `copies` different inks (1 to 7). Equal arguments give equal bytes."""
+    samples = _train_samples(seed, copies, [list(COLOURS).index(CLASS_PAPER)])
+    for digit in range(len(DIGIT_WORDS)):
+        (Path(folder) / str(digit)).mkdir(parents=True, exist_ok=True)
+    for number, (stroke, digit, ink, paper) in enumerate(samples):
+        _picture(stroke, ink, paper).save(Path(folder) / str(digit) / f"{number:06d}.png")
+    return len(samples)
+
+
+def _picture(stroke, ink, paper):
     image = tint(stroke[None], torch.tensor([ink]), torch.tensor([paper]))[0]
-    pixels = ((image + 1.0) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(((image + 1.0) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def _add_sample(tar: tarfile.TarFile, key: str, stroke: torch.Tensor, digit: int, ink: int, paper: int) -> None:
     png = io.BytesIO()
-    Image.fromarray(pixels).save(png, format="PNG")
+    _picture(stroke, ink, paper).save(png, format="PNG")
     sizes = json.dumps({"width": IMAGE_SIZE, "height": IMAGE_SIZE})
     parts = (("png", png.getvalue()), ("txt", caption(digit, ink, paper).encode()), ("json", sizes.encode()))
     for extension, content in parts:

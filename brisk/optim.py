@@ -63,13 +63,24 @@ class EMA:
         self._refresh()
 
 
-def create_optimizer(parameters, learning_rate, betas, weight_decay, epsilon, use_8bit_adam, device, warn):
-    """AdamW: fused where torch offers it, 8-bit (bitsandbytes) on request.
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
+
+
+def create_optimizer(name, parameters, learning_rate, betas, weight_decay, epsilon, device, warn):
+    """One of `OPTIMIZERS`: AdamW, fused; with 8-bit states (bitsandbytes); Adafactor without its own schedule.
 
     Where bitsandbytes is missing: UserError on CUDA; elsewhere `warn` gets a sentence and plain AdamW is used.
+    Adafactor is transformers' with fixed steps, no momentum and its own epsilons; torch's differs.
     """
     settings = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "eps": epsilon}
-    if use_8bit_adam:
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(
+            parameters, lr=learning_rate, eps=(1e-30, 1e-3), clip_threshold=1.0, decay_rate=-0.8, beta1=None,
+            weight_decay=weight_decay, scale_parameter=False, relative_step=False,
+        )  # fmt: skip
+    if name == "adamw8bit":
         if importlib.util.find_spec("bitsandbytes"):
             import bitsandbytes
 
@@ -141,8 +152,11 @@ class FiniteGuard:
 
     LIMIT = 10
 
-    def __init__(self, names, device):
-        """`names` of the terms passed to `watch`, in order; "gradient" is added."""
+    ADVICE = "lower --learning_rate, or use --mixed_precision bf16, or --vae_dtype fp32"
+
+    def __init__(self, names, device, advice=ADVICE):
+        """`names` of the terms passed to `watch`, in order; "gradient" is added; `advice` to users whose run stops."""
+        self.advice = advice
         self.names = [*names, "gradient"]
         self.hits = torch.zeros(len(self.names), device=device)
         self.seen = torch.zeros(len(self.names), dtype=torch.bool, device=device)
@@ -181,7 +195,6 @@ class FiniteGuard:
         if longest >= self.LIMIT:
             terms = ", ".join(f"{name} {int(hit)}x" for name, hit in zip(self.names, hits, strict=True) if hit)
             raise UserError(
-                f"{int(longest)} steps in a row were not finite ({terms}): lower --learning_rate, or use "
-                "--mixed_precision bf16, or --vae_dtype fp32; earlier checkpoints are intact.", 1
+                f"{int(longest)} steps in a row were not finite ({terms}): {self.advice}; earlier checkpoints are intact.", 1
             )  # fmt: skip
         return int(skipped)

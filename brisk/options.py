@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -41,9 +42,16 @@ class Parser(argparse.ArgumentParser):
             description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         self.add_argument("--config", help="YAML file of flag values; flags given on the command line win")
+        self.exclusive = []  # groups of flags of which one on the command line replaces another in the YAML file
 
     def error(self, message):
         raise UserError(message)
+
+    def alias(self, flag, *others):
+        """Let a flag that was added be spelt in other ways too."""
+        action = self._option_string_actions[flag]
+        action.option_strings += others
+        self._option_string_actions |= dict.fromkeys(others, action)
 
 
 def boolean(text):
@@ -140,21 +148,42 @@ def parse(parser, argv=None, config_folder="configs"):
     Raises UserError.
     """
     argv = _with_underscores(sys.argv[1:] if argv is None else list(argv))
-    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    names = {option[2:]: action.dest for action in parser._actions for option in action.option_strings
+             if option.startswith("--") and action.dest != "help"}  # fmt: skip
     name = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     name.add_argument("--config")
     name.error = parser.error
     chosen, rest = name.parse_known_args(argv)
-    tokens = _config_tokens(find_config(chosen.config, config_folder), list(actions)) if chosen.config else []
+    tokens = _config_tokens(find_config(chosen.config, config_folder), list(names)) if chosen.config else []
+    typed = {_dest(token, names) for token in rest}
+    for group in parser.exclusive:
+        if typed & set(group):
+            tokens = [token for token in tokens if _dest(token, names) not in group]
     args, unknown = parser.parse_known_args(tokens + rest)
     args.config = chosen.config
     if unknown:
         flag = unknown[0].split("=")[0]
         if not flag.startswith("--"):
             raise UserError(f"'{unknown[0]}' is not a flag and belongs to none; quote values that contain spaces.")
-        raise UserError(f"unknown flag {flag}{_nearest(flag, [f'--{known}' for known in actions])}.")
-    given = {token[2:].split("=")[0] for token in tokens + rest if token.startswith("--")}
+        raise UserError(f"unknown flag {flag}{_nearest(flag, [f'--{known}' for known in names])}.")
+    given = {_dest(token, names) for token in tokens + rest} - {None}
     return args, {name for name in given if getattr(args, name) != parser.get_default(name)}
+
+
+def _dest(token, names):
+    """The namespace's name for the flag of a command-line token, None if it is a value."""
+    return names.get(token[2:].split("=")[0]) if token.startswith("--") else None
+
+
+MAY_CHANGE = {"resume_from_checkpoint", "output_dir", "max_train_steps", "dry_run", "log_every", "local_rank"}
+IN_OPTIMIZER = {"learning_rate", "scale_lr", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon"}
+
+
+def changed_options(before, now):
+    """Sentences about options that differ between a checkpoint and this run (both as `public` gives them)."""
+    changed = [name for name in sorted(now) if name in before and before[name] != now[name] and name not in MAY_CHANGE]
+    return [f"--{name} is {now[name]}, the checkpoint had {before[name]}"
+            + ("; the checkpoint's optimizer keeps it." if name in IN_OPTIMIZER else ".") for name in changed]  # fmt: skip
 
 
 def without_effect(given, rules):
@@ -164,6 +193,24 @@ def without_effect(given, rules):
     """
     return [f"--{name} has no effect without {needs}." for name, (active, needs) in rules.items()
             if name in given and not active]  # fmt: skip
+
+
+def common_effects(args, mixed_precision):
+    """The rules of `without_effect` for the shared flags; `mixed_precision` is what the run uses."""
+    has_rows = bool(args.train_data_dir or args.dataset_name)
+    online = {name: (not args.precomputed_shards, "online encoding (--precomputed_shards is set)") for name in
+              ("center_crop", "random_flip", "interpolation_type", "wds_min_size", "wds_max_pwatermark")}  # fmt: skip
+    return online | {
+        "lr_warmup_steps": (args.lr_scheduler != "constant", "an --lr_scheduler other than constant"),
+        "mixed_precision": (args.mixed_precision in (None, mixed_precision), "a GPU: float32 is used (bf16 works on CPUs)"),
+        "hub_token": (args.push_to_hub, "--push_to_hub"),
+        "hub_model_id": (args.push_to_hub, "--push_to_hub"),
+        "data_resume": (not has_rows, "shards (folders and datasets always go on exactly)"),
+        "dataset_config_name": (args.dataset_name, "--dataset_name"),
+        "image_column": (has_rows, "--train_data_dir or --dataset_name"),
+        "caption_column": (has_rows, "--train_data_dir or --dataset_name"),
+        "num_train_epochs": (not args.max_train_steps, "leaving out --max_train_steps"),
+    }  # fmt: skip
 
 
 PROMPTS = (
@@ -234,6 +281,15 @@ def public(args):
     }
 
 
+def write_config(args, path):
+    """Write the resolved options to a YAML file that `--config` takes."""
+    values = {name: value for name, value in public(args).items() if name != "dump_config"}
+    try:
+        Path(path).write_text(yaml.safe_dump(values, sort_keys=True))
+    except OSError as error:
+        raise UserError(f"--dump_config {path} cannot be written: {error.strerror}.") from None
+
+
 def add_run_options(parser, output_dir, project):
     """Where the run writes, what it logs, when it saves: the same for every training script."""
     group = parser.add_argument_group("run")
@@ -251,7 +307,7 @@ def add_run_options(parser, output_dir, project):
     add_flag(
         group,
         "--dry_run",
-        "build everything, print the plan, take one step (on grey images if no data is given), save nothing",
+        "build everything, print the plan, save nothing; grey images stand in where no data is given",
     )
     add_flag(group, "--push_to_hub", "create the hub repository at the start and upload the result at the end")
     add("--hub_token", help="hub token (better: set HF_TOKEN); never logged")
@@ -259,25 +315,30 @@ def add_run_options(parser, output_dir, project):
     add("--local_rank", type=int, default=-1, help="accepted for old launchers; not used")
 
 
-def add_optimizer_options(parser, learning_rate):
-    """Batch size, steps, AdamW and its schedule."""
+def add_optimizer_options(parser, learning_rate, lr_warmup_steps=500):
+    """Steps, AdamW and its schedule."""
     group = parser.add_argument_group("optimizer")
     add = group.add_argument
-    add("--train_batch_size", type=COUNT, default=16, help="images per process and micro-step")
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="micro-steps per optimizer step")
     add("--num_train_epochs", type=COUNT, default=100, help="epochs of max_train_samples images")
     add("--max_train_steps", type=COUNT, help="optimizer steps; overrides num_train_epochs")
     add("--learning_rate", type=NOT_NEGATIVE, default=learning_rate, help="peak learning rate")
-    add_flag(group, "--scale_lr", "multiply the learning rate by accumulation x batch x processes")
     add("--lr_scheduler", default="constant", help="schedule of the learning rate, in optimizer steps",
         choices=("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"))  # fmt: skip
-    add("--lr_warmup_steps", type=COUNT_OR_ZERO, default=500, help="warm-up steps; ignored by 'constant'")
+    add("--lr_warmup_steps", type=COUNT_OR_ZERO, default=lr_warmup_steps, help="warm-up steps; ignored by 'constant'")
     add_flag(group, "--use_8bit_adam", "AdamW with 8-bit states (bitsandbytes)")
     add("--adam_beta1", type=BELOW_ONE, default=0.9, help="AdamW beta1")
     add("--adam_beta2", type=BELOW_ONE, default=0.999, help="AdamW beta2")
     add("--adam_weight_decay", type=NOT_NEGATIVE, default=1e-2, help="AdamW weight decay")
     add("--adam_epsilon", type=POSITIVE, default=1e-8, help="AdamW epsilon")
     add("--max_grad_norm", type=POSITIVE, default=1.0, help="gradients are clipped to this norm")
+
+
+def add_batch_options(parser):
+    """The batch of each process, and a learning rate that follows it."""
+    group = parser.add_argument_group("batch")
+    group.add_argument("--train_batch_size", type=COUNT, default=16, help="images per process and micro-step")
+    add_flag(group, "--scale_lr", "multiply the learning rate by accumulation x batch x processes")
 
 
 def add_speed_options(parser):
@@ -291,23 +352,68 @@ def add_speed_options(parser):
     add_flag(group, "--channels_last", "channels_last memory format for the U-Nets")
 
 
-def add_data_options(parser):
+SOURCES = ("train_shards_path_or_url", "train_data_dir", "dataset_name", "precomputed_shards")
+
+
+class DataOptions(NamedTuple):
+    """The values of the flags of `add_data_options`."""
+
+    train_shards_path_or_url: str | None
+    train_data_dir: str | None
+    dataset_name: str | None
+    dataset_config_name: str | None
+    precomputed_shards: str | None
+    image_column: str | None
+    caption_column: str | None
+    resolution: int | None
+    center_crop: bool
+    random_flip: bool
+    interpolation_type: str
+    dataloader_num_workers: int
+    max_train_samples: int | None
+    proportion_empty_prompts: float
+    wds_min_size: int | None
+    wds_max_pwatermark: float | None
+    data_resume: str
+
+
+def data_options(args):
+    """The `DataOptions` of a namespace; UserError for those that contradict each other."""
+    chosen = DataOptions(**{name: getattr(args, name) for name in DataOptions._fields})
+    sources = [name for name in SOURCES if getattr(args, name) is not None]
+    if len(sources) != 1 and not (args.dry_run and not sources):
+        raise UserError(f"give one of {', '.join(f'--{name}' for name in SOURCES)}.")
+    is_stream = chosen.train_shards_path_or_url or chosen.precomputed_shards
+    if is_stream and not args.max_train_samples and not args.max_train_steps and not args.dry_run:
+        raise UserError("shards are an endless stream: give --max_train_steps, or --max_train_samples per epoch.")
+    if chosen.wds_max_pwatermark is not None and (chosen.train_data_dir or chosen.dataset_name):
+        raise UserError("--wds_max_pwatermark needs the json files of shards; a folder or dataset has none.")
+    return chosen
+
+
+def add_data_options(parser, dataloader_num_workers=0):
     """Where images and captions come from, and how they are cut."""
+    parser.exclusive.append(SOURCES)
     group = parser.add_argument_group("data (one source)")
     add = group.add_argument
     add(
         "--train_shards_path_or_url",
         help="WebDataset shards: paths, URLs or pipe:COMMAND, braces expanded, '::' between",
     )
-    add("--train_data_dir", help="folder of images with metadata.jsonl, metadata.csv or sidecar .txt captions")
-    add("--precomputed_shards", help="shards of latents and embeddings made by scripts/precompute_latents.py")
+    add("--train_data_dir", help="folder of images with metadata.jsonl, .csv or .parquet, or sidecar .txt captions")
+    add("--dataset_name", help="dataset of the `datasets` library: hub id, or folder of load_dataset or save_to_disk")
+    add("--dataset_config_name", help="its configuration")
+    add("--image_column", help="column of images in the dataset ('image') or of file names in metadata ('file_name')")
+    add("--caption_column", help="column of captions, strings or lists of them; default 'text', else 'caption'")
+    add("--precomputed_shards", "--cached_latents", help="shards of latents and embeddings made by scripts/precompute_latents.py")
     add("--resolution", type=COUNT, help="the shorter side is resized to it, then cropped; default 512, SDXL 1024")
     add_flag(group, "--center_crop", "crop the centre instead of a random square")
     add_flag(group, "--random_flip", "flip images left to right at random")
     add("--interpolation_type", default="bilinear", help="resize filter",
         choices=("bilinear", "bicubic", "lanczos", "box", "hamming", "nearest"))  # fmt: skip
-    add("--dataloader_num_workers", type=COUNT_OR_ZERO, default=0, help="loader processes; 0 loads in the main one")
-    add("--max_train_samples", type=COUNT, help="images per epoch over all processes; a folder's default is its size")
+    add("--dataloader_num_workers", type=COUNT_OR_ZERO, default=dataloader_num_workers,
+        help="loader processes; 0 loads in the main one")  # fmt: skip
+    add("--max_train_samples", type=COUNT, help="images per epoch over all processes; default: the size of the folder or dataset")
     add("--proportion_empty_prompts", type=FRACTION, default=0.0, help="share of captions replaced by the empty prompt")
     add("--wds_min_size", type=COUNT, help="skip images whose original shorter side is below this")
     add("--wds_max_pwatermark", type=FRACTION, help="skip images whose pwatermark is above this")

@@ -56,17 +56,31 @@ def usable_precision(wanted):
 def check_processes(accelerator, needs_whole_tensors=False):
     """UserError for launches that cannot work.
 
-    Processes that each believe to be alone would overwrite each other; LoRA and 8-bit Adam (`needs_whole_tensors`)
-    cannot take FSDP's sharded parameters.
+    Processes that each believe to be alone would overwrite each other; Some runs (`needs_whole_tensors`) cannot take FSDP's
+    sharded parameters.
     """
     if needs_whole_tensors and accelerator.distributed_type == "FSDP":
-        raise UserError("FSDP shards the parameters, which --use_lora and --use_8bit_adam cannot take.")
+        raise UserError("FSDP shards the parameters, which LoRA, 8-bit Adam, Adafactor and train_fpdm.py cannot take.")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise UserError(
             f"{started} processes were launched and this one sees {accelerator.num_processes}: on CPUs set "
             "ACCELERATE_USE_CPU=true, or launch with a config file such as configs/accelerate/two_cpu.yaml."
         )
+
+
+def create_accelerator(output_dir, logging_dir, accumulation, mixed_precision, report_to, needs_whole_tensors=False):
+    """The Accelerator of a run; UserError for a launch, tracker or precision that cannot work here."""
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    project = ProjectConfiguration(output_dir, logging_dir=str(Path(output_dir) / logging_dir))
+    accelerator = Accelerator(
+        gradient_accumulation_steps=accumulation, mixed_precision=usable_precision(mixed_precision),
+        log_with=check_trackers(report_to), project_config=project,
+    )  # fmt: skip
+    check_processes(accelerator, needs_whole_tensors)
+    return accelerator
 
 
 def setup_logging(accelerator):
@@ -128,12 +142,13 @@ def peak_memory():
 class RunLog:
     """Sums loss terms on the device and reads them once per interval: no host synchronisation in between."""
 
-    def __init__(self, accelerator, output_dir, log_every, images_per_step, first_step=0):
-        """`images_per_step` over all processes; no file without `output_dir`.
+    def __init__(self, accelerator, output_dir, log_every, images_per_step, first_step=0, prefix=""):
+        """`images_per_step` over all processes; no file without `output_dir`; `prefix` of the plain names in trackers.
 
         Rows of metrics.jsonl after `first_step` belong to a lost run and are dropped.
         """
         self.accelerator, self.log_every, self.images_per_step = accelerator, log_every, images_per_step
+        self.prefix = prefix
         self.path = Path(output_dir) / "metrics.jsonl" if output_dir and accelerator.is_main_process else None
         self.sums, self.counts, self.waited = {}, {}, 0.0
         self.since, self.last_step = time.perf_counter(), first_step
@@ -188,16 +203,20 @@ class RunLog:
         reduced = self.accelerator.reduce(torch.stack([mean.float() for mean in means]), "mean").tolist()
         row = {"step": step, "images": step * self.images_per_step, **dict(zip(names, reduced, strict=False))}
         row |= {name: value for name, value in constants.items() if value is not None}
+        row["steps_per_sec"] = round(steps / max(seconds, 1e-9), 4)
         row["images_per_second"] = round(steps * self.images_per_step / max(seconds, 1e-9), 3)
         row["data_wait_share"] = round(reduced[-1], 4)
         row["peak_memory_gib"] = round(peak_memory()[0], 3)
         if self.path:  # strict JSON has no NaN
             finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
             self._append(json.dumps(finite) + "\n")
-        logging.getLogger("brisk").info("  ".join(f"{name} {_short(value)}" for name, value in row.items()))
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in row.items() if "/" not in name)  # no lists of layers
+        logging.getLogger("brisk").info(shown)
         if progress is not None:
             progress.set_postfix_str(f"loss {_short(row.get('loss', float('nan')))}", refresh=False)
-        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=step)
+        tracked = {name if "/" in name else self.prefix + name: value for name, value in row.items()}
+        tracked.pop("step", None)  # with a prefix it is a metric like the others
+        self.accelerator.log(tracked, step=step)
         self.sums, self.counts, self.waited = {}, {}, 0.0
         self.since, self.last_step = time.perf_counter(), step
         return row

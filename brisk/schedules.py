@@ -64,11 +64,22 @@ def to_x0_eps(output, x, a, s, prediction_type):
     raise ValueError(f"prediction_type is '{prediction_type}'; it must be one of {', '.join(PREDICTION_TYPES)}.")
 
 
-def check_prediction_type(prediction_type, grid):
-    """ValueError for an unknown type, or for epsilon where the grid reaches zero signal (division by a = 0)."""
+def prediction_target(x0, eps, a, s, prediction_type):
+    """What a network of this type is to predict at a x0 + s eps. Raises ValueError for an unknown prediction type."""
+    if prediction_type == "epsilon":
+        return eps
+    if prediction_type == "v_prediction":
+        return a * eps - s * x0
+    if prediction_type == "sample":
+        return x0
+    raise ValueError(f"prediction_type is '{prediction_type}'; it must be one of {', '.join(PREDICTION_TYPES)}.")
+
+
+def check_prediction_type(prediction_type, alphas_cumprod=None):
+    """ValueError for an unknown type, or for epsilon where the table reaches zero signal (division by a = 0)."""
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type is '{prediction_type}'; it must be one of {', '.join(PREDICTION_TYPES)}.")
-    if prediction_type == "epsilon" and grid.alpha_cumprod_start.min() < 1e-6:
+    if prediction_type == "epsilon" and alphas_cumprod is not None and alphas_cumprod.min() < 1e-6:
         raise ValueError(
             "the teacher's schedule has zero terminal SNR, from which epsilon cannot recover an image: "
             "use a v_prediction or sample teacher (--prediction_type says which it is)."

@@ -63,20 +63,21 @@ def load_oracle(folder: str | Path) -> HandwritingOracle:
 
 
 @torch.no_grad()
-def prompt_agreement(oracle, images, digits, foregrounds, backgrounds) -> dict[str, float]:
+def prompt_agreement(oracle, images, digits, foregrounds=None, backgrounds=None) -> dict[str, float]:
     """Fraction of images (N, 3, 32, 32) in [-1, 1] in which the oracle reads the given labels, each (N,).
 
-    Returns {"digit", "foreground", "background", "all"}; "all" counts images that agree in all three."""
+    Returns {"digit", "foreground", "background", "all"}, colours that are not given left out; "all" counts images that
+    agree in everything."""
     wanted = {"digit": digits, "foreground": foregrounds, "background": backgrounds}
+    wanted = {name: labels for name, labels in wanted.items() if labels is not None}
     for name, labels in wanted.items():
         if len(labels) != len(images):
             raise ValueError(f"{len(images)} images need as many {name} labels, got {len(labels)}.")
     if len(images) == 0:
         raise ValueError("prompt_agreement needs at least one image.")
     device = next(oracle.parameters()).device
-    hits = {}
     chunks = [oracle(chunk) for chunk in images.to(device, torch.float32).split(256)]
-    for name, logits in zip(wanted, zip(*chunks, strict=True), strict=True):
-        hits[name] = torch.cat(logits).argmax(dim=1).cpu() == torch.as_tensor(wanted[name]).cpu()
-    hits["all"] = hits["digit"] & hits["foreground"] & hits["background"]
+    read = dict(zip(("digit", "foreground", "background"), map(torch.cat, zip(*chunks, strict=True)), strict=True))
+    hits = {name: read[name].argmax(dim=1).cpu() == torch.as_tensor(labels).cpu() for name, labels in wanted.items()}
+    hits["all"] = torch.stack(list(hits.values())).all(0)
     return {name: hit.float().mean().item() for name, hit in hits.items()}

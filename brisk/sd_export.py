@@ -8,9 +8,9 @@ import torch
 
 from brisk import runlog
 from brisk.checkpoint import write_atomically
+from brisk.network_files import complete, other_networks, save_network
 from brisk.optim import swapped
-from brisk.options import UserError
-from brisk.sd_models import load_lora_state, lora_state, save_network
+from brisk.sd_models import load_lora_state, lora_state
 
 CARD = """---
 {base_model}library_name: diffusers
@@ -40,6 +40,42 @@ pipe = DiffusionPipeline.from_pretrained("{teacher}")
 pipe.scheduler = LCMScheduler.from_pretrained("{name}", subfolder="scheduler")
 pipe.load_lora_weights("{name}")""",
 }  # fmt: skip
+
+
+STUDENT_CARD = """---
+{base_model}library_name: diffusers
+tags: [text-to-image, diffusion-distillation, bk-sdm, {preset}]
+---
+# {name}
+
+The U-Net of `{teacher}` with blocks removed ({preset}) and distilled from it by BK-SDM (arXiv 2305.15798):
+{parameters:,} parameters, {change:+.1%}. Same sampler, same number of steps, same guidance as the teacher.
+
+```python
+{snippet}
+image = pipe({prompt}).images[0]
+```
+
+{steps} optimizer steps of {batch} images at {resolution} px, learning rate {lr}; every option is in `train_config.yaml`,
+versions and hardware in `run_manifest.json`, sizes in `bksdm_report.json`.
+"""
+STUDENT_SNIPPETS = {
+    "pipeline": """from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}")""",
+    "unet": """from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+unet = UNet2DConditionModel.from_pretrained("{name}", subfolder="unet")
+pipe = DiffusionPipeline.from_pretrained("{teacher}", unet=unet)""",
+}  # fmt: skip
+
+
+def own_scheduler(scheduler_config, prediction_type):
+    """The scheduler that a pipeline comes with."""
+    import diffusers
+
+    cls = getattr(diffusers, scheduler_config.get("_class_name", ""), diffusers.DDIMScheduler)
+    return cls.from_config(scheduler_config, prediction_type=prediction_type)
 
 
 def lcm_scheduler(scheduler_config, prediction_type, num_ddim_timesteps, timestep_scaling):
@@ -94,8 +130,9 @@ def sample_images(pipeline, prompts, steps, seed, resolution, autocast, guidance
 
 
 @torch.no_grad()
-def validate(accelerator, parts, networks, scheduler, prompts, step_counts, per_prompt, resolution, folder, step, seed):
-    """Sample each of `networks` (name -> U-Net) at each number of steps, at guidance_scale 1.
+def validate(accelerator, parts, networks, scheduler, prompts, step_counts, guidance_scale, per_prompt, resolution, folder,
+             step, seed):  # fmt: skip
+    """Sample each of `networks` (name -> U-Net) at each number of steps.
 
     Writes PNG grids (a row per prompt) into `folder` and sends the images to the trackers. The modules are those
     in memory: nothing is loaded again.
@@ -110,7 +147,7 @@ def validate(accelerator, parts, networks, scheduler, prompts, step_counts, per_
     captions = [prompt for prompt in prompts for _ in range(per_prompt)]
     for (name, network), count in itertools.product(networks.items(), step_counts):
         pipeline = build_pipeline(parts, network, scheduler, with_extras=False)
-        images = sample_images(pipeline, captions, count, seed, resolution, accelerator.autocast())
+        images = sample_images(pipeline, captions, count, seed, resolution, accelerator.autocast(), guidance_scale)
         make_image_grid(images, rows=len(prompts), cols=per_prompt).save(folder / f"{name}-{count}-steps.png")
         runlog.log_images(accelerator, f"validation/{name}-{count}-steps", images, captions, step)
     for module, home in zip(encoders, homes, strict=True):
@@ -130,50 +167,31 @@ def save_lora(folder, unet, config, is_xl):
     cls.save_lora_weights(folder, unet_lora_layers=lora_state(unet), unet_lora_adapter_metadata=plain)
 
 
-def save_networks(folder, accelerator, unet, ema, lora_master):
-    """Write the networks of a checkpoint (called on every rank): online and target U-Net, or the adapters."""
+def save_adapters(folder, accelerator, unet, lora_master):
+    """Write the LoRA adapters of a checkpoint (called on every rank), and their average where there is one."""
     from safetensors.torch import save_file
 
-    state = accelerator.get_state_dict(unet)
-    network = accelerator.unwrap_model(unet)
     if not accelerator.is_main_process:
         return
-    if ema:
-        save_network(network, folder / "unet", state)
-        save_network(ema.network, folder / "unet_target", ema.state_dict())
-    else:
-        (folder / "unet_lora").mkdir(parents=True, exist_ok=True)
-        save_file(lora_state(network), folder / "unet_lora/adapter_model.safetensors")
-        if lora_master:
-            save_file(
-                {str(number): tensor.contiguous() for number, tensor in enumerate(lora_master)},
-                folder / "unet_lora/target.safetensors",
-            )
+    (folder / "unet_lora").mkdir(parents=True, exist_ok=True)
+    save_file(lora_state(accelerator.unwrap_model(unet)), folder / "unet_lora/adapter_model.safetensors")
+    if lora_master:
+        save_file(
+            {str(number): tensor.contiguous() for number, tensor in enumerate(lora_master)},
+            folder / "unet_lora/target.safetensors",
+        )
 
 
-def load_networks(folder, accelerator, unet, ema, lora_master):
-    """Read back what `save_networks` wrote. Raises UserError where it is of other networks than this run's."""
+def load_adapters(folder, accelerator, unet, lora_master):
+    """Read back what `save_adapters` wrote. Raises UserError where it is of other adapters than this run's."""
     from safetensors.torch import load_file
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    network = accelerator.unwrap_model(unet)
-    try:
-        if ema:
-            state = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
-            set_model_state_dict(network, state, options=StateDictOptions(full_state_dict=True))
-            ema.load_state_dict(load_file(folder / "unet_target/diffusion_pytorch_model.safetensors"))
-            return
-        adapters, stored = load_file(folder / "unet_lora/adapter_model.safetensors"), {}
-        if lora_master:
-            stored = load_file(folder / "unet_lora/target.safetensors")
-        load_lora_state(network, adapters)
+    with other_networks(folder):
+        adapters = load_file(folder / "unet_lora/adapter_model.safetensors")
+        stored = load_file(folder / "unet_lora/target.safetensors") if lora_master else {}
+        load_lora_state(accelerator.unwrap_model(unet), adapters)
         for number, tensor in enumerate(lora_master or []):
             tensor.copy_(stored[str(number)])
-    except (RuntimeError, KeyError, OSError) as error:
-        raise UserError(
-            f"the networks in {folder} do not fit this run (another teacher, --unet_time_cond_proj_dim or --lora_... ?): "
-            f"{' '.join(str(error).split())[:200]}"
-        ) from None
 
 
 def export(output, parts, student, weights, ema, lora_config, lora_master, scheduler, card):
@@ -183,10 +201,8 @@ def export(output, parts, student, weights, ema, lora_config, lora_master, sched
     The network of `ema` holds the online weights afterwards. Raises UserError (exit code 1).
     """
     kind = "lora" if lora_config else "full"
-    snippet = SNIPPETS[kind].format(**card)
-    # the hub takes ids only, and a local path is nobody's business
-    base_model = "" if Path(card["teacher"]).is_dir() else f"base_model: {card['teacher']}\n"
-    try:
+    card = card | {"kind": kind, "snippet": SNIPPETS[kind].format(**card)}
+    with complete(output):
         if lora_config:
             save_lora(output, student, lora_config, parts.is_xl)
             if lora_master:
@@ -197,13 +213,33 @@ def export(output, parts, student, weights, ema, lora_config, lora_master, sched
             save_network(ema.network, output / "unet_target", ema.state_dict())
             ema.network.float().load_state_dict(weights)
             build_pipeline(parts, ema.network, scheduler).save_pretrained(output)
-        text = CARD.format(
-            **card | {"kind": kind, "snippet": snippet, "prompt": json.dumps(card["prompt"], ensure_ascii=False)},
-            base_model=base_model,
-        )
-        write_atomically(output / "README.md", text)
-    except Exception as error:  # a full disk shows as OSError, RuntimeError or SafetensorError
-        raise UserError(
-            f"the final model could not be written to {output}: {' '.join(str(error).split())}; its last "
-            "checkpoint is intact, run the same command with --resume_from_checkpoint=latest.", 1
-        ) from error  # fmt: skip
+        write_card(output, CARD, card)
+
+
+def export_student(output, parts, student, weights, ema, scheduler, card):
+    """Write `unet` (the average where there is one, `unet_raw` beside it) or, with `scheduler`, a complete pipeline.
+
+    Args: `weights` of the trained U-Net; `card` the values of `STUDENT_CARD`. Raises UserError (exit code 1).
+    """
+    final = ema.state_dict() if ema else weights
+    teacher_size, size = card["sizes"]
+    kind = "pipeline" if scheduler else "unet"
+    card |= {"snippet": STUDENT_SNIPPETS[kind].format(**card), "parameters": size.parameters,
+             "change": size.parameters / teacher_size.parameters - 1}  # fmt: skip
+    with complete(output):
+        if ema:
+            save_network(student, output / "unet_raw", weights)
+        if scheduler:
+            student.load_state_dict(final)
+            build_pipeline(parts, student, scheduler).save_pretrained(output)
+        else:
+            save_network(student, output / "unet", final)
+        write_card(output, STUDENT_CARD, card)
+
+
+def write_card(output, template, values):
+    """The model card: `template` with `values`, of which `teacher` and `prompt` are written as they must be."""
+    # the hub takes ids only, and a local path is nobody's business
+    base_model = "" if Path(values["teacher"]).is_dir() else f"base_model: {values['teacher']}\n"
+    prompt = json.dumps(values["prompt"], ensure_ascii=False)
+    write_atomically(output / "README.md", template.format(**values | {"prompt": prompt}, base_model=base_model))

@@ -12,6 +12,7 @@ import torch
 from brisk.options import UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+VAES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}  # short names that --vae knows
 EXTRAS = ("feature_extractor", "image_encoder", "safety_checker")
 COND_PROJ = "time_embedding.cond_proj.weight"
 LORA_TARGETS = (
@@ -33,7 +34,7 @@ class Parts(NamedTuple):
     extras: dict  # feature_extractor, safety_checker, image_encoder where the pipeline has them
 
 
-def _pipeline_index(source, options):
+def _pipeline_index(source, options, flag):
     from diffusers import DiffusionPipeline
 
     folder = Path(source)
@@ -41,20 +42,20 @@ def _pipeline_index(source, options):
     if not folder.is_dir() and (
         source.count("/") > 1 or source[:1] in "./~" or ("/" in source and folder.parent.is_dir())
     ):
-        raise UserError(f"--pretrained_teacher_model {source} is no such folder.")
+        raise UserError(f"{flag} {source} is no such folder.")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise UserError(f"--pretrained_teacher_model {source} is a folder without model_index.json.")
+        raise UserError(f"{flag} {source} is a folder without model_index.json.")
     try:
         index = DiffusionPipeline.load_config(source, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--pretrained_teacher_model {source} is neither a pipeline folder nor a hub model that can be reached: {reason}"
+            f"{flag} {source} is neither a pipeline folder nor a hub model that can be reached: {reason}"
         ) from None
     name = index.get("_class_name", "")
     if not name.startswith(("StableDiffusion", "LatentConsistencyModel")) or "unet" not in index:
         raise UserError(
-            f"--pretrained_teacher_model {source} is a {name or 'nameless pipeline'}, not a Stable Diffusion one."
+            f"{flag} {source} is a {name or 'nameless pipeline'}, not a Stable Diffusion one."
         )
     return index
 
@@ -67,13 +68,14 @@ def _load_network(cls, source, subfolder, options):
         if config.get("_class_name") != cls.__name__:
             raise UserError(f"{where} holds a {config.get('_class_name')}, not a {cls.__name__}.")
         network, report = cls.from_pretrained(
-            source, subfolder=subfolder, dtype=torch.float32, output_loading_info=True, **options
+            source, subfolder=subfolder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{where} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
-    missing = [*report["missing_keys"], *(str(key) for key in report.get("mismatched_keys", []))]
-    if missing:
-        raise UserError(f"{where} lacks {len(missing)} weights of its config: {', '.join(sorted(missing)[:8])} ...")
+    wrong = sorted([*report["missing_keys"], *(f"{key} {tuple(wanted)} (there: {tuple(found)})"
+                                               for key, found, wanted in report.get("mismatched_keys", []))])  # fmt: skip
+    if wrong:
+        raise UserError(f"{where} lacks {len(wrong)} weights of its config: {', '.join(wrong)}.")
     return network.requires_grad_(False).eval()
 
 
@@ -100,46 +102,50 @@ def _load_transformers(index, name, source, options):
         raise UserError(f"{source}/{name} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
 
 
-def load_parts(source, revision=None, variant=None, cache_dir=None, vae_source=None):
-    """Load every component of the pipeline `source` (folder or hub id); the VAE from `vae_source` if given.
+def load_parts(source, revision=None, variant=None, cache_dir=None, vae_source=None, unet_source=None,
+               flag="--pretrained_teacher_model"):  # fmt: skip
+    """Load every component of the pipeline `source` (folder or hub id); VAE and U-Net from elsewhere if given.
 
+    Args: `flag`: what error messages call `source`.
     Raises UserError where something is missing, unreachable, or not Stable Diffusion.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     options = {"revision": revision, "cache_dir": cache_dir}
-    index = _pipeline_index(source, options)
+    index = _pipeline_index(source, options, flag)
     options["variant"] = variant
-    unet = _load_network(UNet2DConditionModel, source, "unet", options)
-    vae = _load_vae(vae_source, cache_dir) if vae_source else _load_network(AutoencoderKL, source, "vae", options)
+    networks = {}
+    for name, cls, other in (("unet", UNet2DConditionModel, unet_source), ("vae", AutoencoderKL, vae_source)):
+        loaded = load_network(cls, other, name, cache_dir) if other else _load_network(cls, source, name, options)
+        networks[name] = loaded
     present = [name for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0]]
     scheduler_config = _load_scheduler_config(source, options)
     loaded = {name: _load_transformers(index, name, source, options) for name in present
               if name.startswith(("tokenizer", "text_encoder", *EXTRAS))}  # fmt: skip
     extras = {name: loaded[name] for name in EXTRAS if name in loaded}
-    if unet.config.in_channels != vae.config.latent_channels:
-        raise UserError(
-            f"{source}: the U-Net takes {unet.config.in_channels} channels and the VAE gives {vae.config.latent_channels}."
-        )
+    takes, gives = networks["unet"].config.in_channels, networks["vae"].config.latent_channels
+    if takes != gives:
+        raise UserError(f"{source}: the U-Net takes {takes} channels and the VAE gives {gives}.")
     return Parts(
         is_xl=index["_class_name"].startswith("StableDiffusionXL"),
         zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", True)),
         tokenizers=[loaded[name] for name in ("tokenizer", "tokenizer_2") if name in loaded],
         text_encoders=[loaded[name] for name in ("text_encoder", "text_encoder_2") if name in loaded],
-        vae=vae, unet=unet, scheduler_config=scheduler_config, extras=extras,
+        **networks, scheduler_config=scheduler_config, extras=extras,
     )  # fmt: skip
 
 
-def _load_vae(source, cache_dir):
-    """The VAE at the root of a folder or hub repository, or in its `vae` subfolder."""
-    from diffusers import AutoencoderKL
+def load_network(cls, source, subfolder, cache_dir=None):
+    """A network of class `cls` at the root of a folder or hub repository, or in its `subfolder`, float32 and frozen.
 
+    Raises UserError.
+    """
     try:
-        config = AutoencoderKL.load_config(source, cache_dir=cache_dir)
+        config = cls.load_config(source, cache_dir=cache_dir)
     except (OSError, ValueError):
         config = {}
-    subfolder = None if config.get("_class_name") == "AutoencoderKL" else "vae"
-    return _load_network(AutoencoderKL, source, subfolder, {"cache_dir": cache_dir})
+    subfolder = None if config.get("_class_name") == cls.__name__ else subfolder
+    return _load_network(cls, source, subfolder, {"cache_dir": cache_dir})
 
 
 def _load_scheduler_config(source, options):
@@ -156,6 +162,12 @@ def place(parts, device, vae_dtype, text_dtype):
     parts.vae.to(device, vae_dtype)
     for encoder in parts.text_encoders:
         encoder.to(device, text_dtype)
+
+
+def set_aside(modules):
+    """Move modules that training does not need to the CPU; validation brings them back."""
+    for module in modules:
+        module.to("cpu", torch.float32)
 
 
 def cast_frozen(unet, dtype):
@@ -188,128 +200,31 @@ def to_device(batch, device):
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
-class Tokenize:
-    """Callable: text -> one row of token ids (L,) per tokenizer; picklable, so that loader workers can hold it."""
-
-    def __init__(self, tokenizers):
-        self.tokenizers = tokenizers
-
-    def __call__(self, text):
-        return [
-            tokenizer(text, max_length=tokenizer.model_max_length, padding="max_length", truncation=True,
-                      return_tensors="pt").input_ids[0]
-            for tokenizer in self.tokenizers
-        ]  # fmt: skip
-
-
-@torch.no_grad()
-def encode_prompts(parts, input_ids):
-    """Prompt embeddings (B, L, D), and the pooled ones (B, P) for SDXL, else None.
-
-    Args: `input_ids` one (B, L) tensor per text encoder. SD1/SD2 use the last hidden state, SDXL the penultimate
-    ones of both encoders side by side and the projection of the second.
-    """
-    if not parts.is_xl:
-        return parts.text_encoders[0](input_ids[0])[0], None
-    outputs = [
-        encoder(ids, output_hidden_states=True) for encoder, ids in zip(parts.text_encoders, input_ids, strict=True)
-    ]
-    return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1][0]
-
-
-def encode_blank(parts, device):
-    """The embeddings (1, L, D) and pooled (1, P) or None of the empty caption."""
-    return encode_prompts(parts, [row[None].to(device) for row in Tokenize(parts.tokenizers)("")])
-
-
-def unconditional(parts, blank):
-    """The embeddings that guidance starts from: those of the empty caption, or zeros where the pipeline says so."""
-    if parts.is_xl and parts.zeros_for_empty:
-        return torch.zeros_like(blank[0]), torch.zeros_like(blank[1])
-    return blank
-
-
-def condition(parts, embeddings, sizes, batch_size):
-    """The keyword arguments of a U-Net call; embeddings of one prompt are repeated to `batch_size`."""
-    prompt_embeds, pooled = embeddings
-    arguments = {"encoder_hidden_states": prompt_embeds.expand(batch_size, -1, -1)}
-    if parts.is_xl:
-        arguments["added_cond_kwargs"] = {
-            "text_embeds": pooled.expand(batch_size, -1),
-            "time_ids": sizes.expand(batch_size, -1),
-        }
-    return arguments
-
-
-def stack_conditions(first, second):
-    """Two `condition`s as one of twice the batch."""
-    joined = {"encoder_hidden_states": torch.cat([first["encoder_hidden_states"], second["encoder_hidden_states"]])}
-    if "added_cond_kwargs" in first:
-        pairs = {name: torch.cat([value, second["added_cond_kwargs"][name]])
-                 for name, value in first["added_cond_kwargs"].items()}  # fmt: skip
-        joined["added_cond_kwargs"] = pairs
-    return joined
-
-
 def predict(unet, dtype, x, timesteps, arguments, timestep_cond=None):
     """The U-Net's raw output in float32, called on `x` in `dtype` (float32 for a network that autocast casts)."""
     arguments = {**arguments, "encoder_hidden_states": arguments["encoder_hidden_states"].to(dtype)}
     return unet(x.to(dtype), timesteps, timestep_cond=timestep_cond, return_dict=False, **arguments)[0].float()
 
 
-@torch.no_grad()
-def latent_moments(vae, pixels, batch_size):
-    """Mean and standard deviation (B, 4, h, w) of the VAE's latent, unscaled, in chunks of `batch_size` images.
-
-    Args: `pixels` uint8 (B, 3, H, W). The VAE runs in its own precision: SDXL's overflows in fp16.
-    """
-    parts = [vae.encode((chunk.float() / 127.5 - 1).to(vae.dtype)).latent_dist for chunk in pixels.split(batch_size)]
-    return torch.cat([part.mean for part in parts]).float(), torch.cat([part.std for part in parts]).float()
-
-
-@torch.no_grad()
-def encode_batch(parts, batch, blank, noise_generator, resolution, vae_batch_size, autocast):
-    """Clean scaled latents (B, 4, h, w) float32, prompt embeddings, and SDXL's sizes (B, 6) or None.
-
-    Args: `batch` of `samples.ImageCaptions` or `samples.CachedLatents`; `blank` from `encode_blank`.
-    """
-    if "moments" in batch:
-        mean, std = batch["moments"].float().unbind(1)
-        hidden = batch["empty"].view(-1, 1, 1)
-        embeddings = torch.where(hidden, blank[0], batch["prompt_embeds"].to(blank[0].dtype))
-        pooled = torch.where(hidden[:, 0], blank[1], batch["pooled"].to(blank[1].dtype)) if parts.is_xl else None
-        sizes = batch.get("time_ids")
-    else:
-        mean, std = latent_moments(parts.vae, batch["pixels"], vae_batch_size or (8 if parts.is_xl else 32))
-        with autocast:
-            ids = [batch[f"input_ids_{number}"] for number in range(len(parts.tokenizers))]
-            embeddings, pooled = encode_prompts(parts, ids)
-        sizes = time_ids(batch["original_size"], batch["crop_top_left"], resolution) if parts.is_xl else None
-    noise = torch.randn(mean.shape, generator=noise_generator, device=mean.device)
-    return (mean + std * noise) * parts.vae.config.scaling_factor, (embeddings, pooled), sizes
-
-
-def vae_dtype(wanted, mixed_precision, has_own_vae, is_xl):
-    """The precision of the VAE for `--vae_dtype`: `auto` avoids fp16 where SDXL's VAE would overflow."""
+def vae_dtype(wanted, half, has_own_vae, is_xl):
+    """The precision of the VAE for `--vae_dtype`: `auto` is that of the run, but avoids fp16 where SDXL's would overflow."""
     if wanted == "auto":
-        half_is_safe = has_own_vae or not is_xl
-        wanted = {"bf16": "bf16", "fp16": "fp16" if half_is_safe else "fp32"}.get(mixed_precision, "fp32")
+        return torch.float32 if half == torch.float16 and is_xl and not has_own_vae else half
     return DTYPES[wanted]
+
+
+def vae_factor(vae):
+    """How many pixels wide a latent pixel is."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def check_resolution(parts, resolution):
     """The training resolution in pixels (512, SDXL 1024 if None); UserError if the VAE cannot take it."""
     resolution = resolution or (1024 if parts.is_xl else 512)
-    factor = 2 ** (len(parts.vae.config.block_out_channels) - 1)
+    factor = vae_factor(parts.vae)
     if resolution % factor:
         raise UserError(f"--resolution {resolution} must be a multiple of {factor}, the VAE's down-sampling.")
     return resolution
-
-
-def time_ids(original_size, crop_top_left, resolution):
-    """SDXL's size conditions (B, 6): original (height, width), crop (top, left), target (height, width)."""
-    target = torch.full_like(original_size, resolution)
-    return torch.cat([original_size, crop_top_left, target], dim=1)
 
 
 def create_student(teacher, cond_dim, cond_proj_init):
@@ -320,9 +235,7 @@ def create_student(teacher, cond_dim, cond_proj_init):
     """
     from diffusers import UNet2DConditionModel
 
-    # from_config would take the entries that are listed there for absent, and older configs lack time_cond_proj_dim
-    config = {name: value for name, value in teacher.config.items() if name != "_use_default_values"}
-    student = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": cond_dim})
+    student = UNet2DConditionModel.from_config({**plain_config(teacher), "time_cond_proj_dim": cond_dim})
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     if set(missing) - {COND_PROJ} or unexpected:
         raise UserError(f"the teacher's U-Net does not fit its own config: missing {missing}, unexpected {unexpected}.")
@@ -331,13 +244,10 @@ def create_student(teacher, cond_dim, cond_proj_init):
     return student
 
 
-def save_network(network, folder, state):
-    """Write a diffusers network's config and the weights `state` (not its own ones) as one file for `from_pretrained`."""
-    from safetensors.torch import save_file
-
-    network.save_config(folder)
-    weights = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(weights, Path(folder) / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+def plain_config(network):
+    """The constructor arguments of a diffusers network, as a dict that `from_config` takes in full."""
+    # it would take the entries that `_use_default_values` lists for absent
+    return {name: value for name, value in network.config.items() if not name.startswith("_")}
 
 
 def add_lora(unet, rank, alpha, dropout, target_modules):

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from brisk import macs
+
 UNETS = {
     "sd15": {
         "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8,
@@ -29,6 +31,18 @@ UNETS = {
         "block_out_channels": (8, 16), "layers_per_block": 1,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    },
+    # every block of the real ones, for block removal
+    "toy": {
+        "sample_size": 8, "cross_attention_dim": 32, "attention_head_dim": 4, "norm_num_groups": 4,
+        "block_out_channels": (8, 8, 16, 16),
+    },
+    "toy_xl": {
+        "sample_size": 8, "cross_attention_dim": 64, "attention_head_dim": (2, 2, 4), "norm_num_groups": 4,
+        "block_out_channels": (8, 8, 16), "use_linear_projection": True, "transformer_layers_per_block": (1, 2, 10),
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     },
     "tiny_xl": {
         "sample_size": 8, "cross_attention_dim": 64, "attention_head_dim": (2, 4), "norm_num_groups": 4,
@@ -98,6 +112,7 @@ def make_tokenizer(length=77):
 def make_pipeline(family="sd1", seed=0, **scheduler):
     """A tiny random pipeline of `family` sd1, sd2 (v-prediction, zero terminal SNR) or sdxl; 32 px images, 8x8 latents.
 
+    With the prefix toy_ its U-Net has every block of the real one (toy_sd2: linear projections, no zero terminal SNR).
     Args: `scheduler` settings that replace the family's.
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -105,36 +120,22 @@ def make_pipeline(family="sd1", seed=0, **scheduler):
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(16)
     schedule = dict(SCHEDULE)
+    changes = {}
+    if family == "toy_sd2":
+        schedule |= {"prediction_type": "v_prediction"}
+        changes = {"use_linear_projection": True, "attention_head_dim": (2, 2, 4, 4)}
     if family == "sd2":
         schedule |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    is_xl = family == "sdxl"
+    is_xl = family.endswith("sdxl")
+    size = ("toy" if family.startswith("toy_") else "tiny") + "_xl" * is_xl
     parts = {
-        "vae": make_vae("tiny"), "unet": make_unet("tiny_xl" if is_xl else "tiny"), "tokenizer": tokenizer,
+        "vae": make_vae("tiny"), "unet": make_unet(size, **changes), "tokenizer": tokenizer,
         "text_encoder": make_text_encoder("tiny", 16, len(tokenizer)), "scheduler": DDIMScheduler(**schedule | scheduler),
     }  # fmt: skip
     if is_xl:
         second = make_text_encoder("tiny", 16, len(tokenizer), projection=True)
         return StableDiffusionXLPipeline(**parts, tokenizer_2=tokenizer, text_encoder_2=second, add_watermarker=False)
     return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-
-
-def unet_inputs(unet, batch, latent, tokens=77, device="cpu", dtype=torch.float32, generator=None):
-    """Random call arguments of a U-Net: latents (B, 4, h, h), timesteps (B,), prompt and SDXL embeddings."""
-    config = unet.config
-    draw = {"device": device, "dtype": dtype, "generator": generator}
-    inputs = {
-        "sample": torch.randn(batch, config.in_channels, latent, latent, **draw),
-        "timestep": torch.full((batch,), 500, device=device),
-        "encoder_hidden_states": torch.randn(batch, tokens, config.cross_attention_dim, **draw),
-    }
-    if config.time_cond_proj_dim:
-        inputs["timestep_cond"] = torch.randn(batch, config.time_cond_proj_dim, **draw)
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.randn(batch, pooled, **draw), "time_ids": torch.ones(batch, 6, device=device),
-        }  # fmt: skip
-    return inputs
 
 
 def count_flops(name, size=None):
@@ -146,7 +147,8 @@ def count_flops(name, size=None):
     with torch.device("meta"):
         if "_unet" in name:
             network = make_unet(name.split("_")[0], time_cond_proj_dim=256 if "time_cond" in name else None)
-            return count_unet_flops(network, size)
+            found = macs.count(network, **macs.unet_inputs(network.config, 1, size, device="meta"))
+            return found.parameters, 2 * found.total
         if name.startswith("kl_vae"):
             is_encoder, vae = name.endswith("encoder"), make_vae("sd15")
             network = vae.encoder if is_encoder else vae.decoder
@@ -154,20 +156,8 @@ def count_flops(name, size=None):
         else:
             network = make_text_encoder("clip_l")
             call = {"input_ids": torch.zeros(1, 77, dtype=torch.long)}
-    return _count(network, call)
-
-
-def count_unet_flops(unet, latent):
-    """(parameters, FLOPs of one forward at batch 1 and 77 tokens) of a U-Net, counted on the meta device."""
-    return _count(unet.to("meta"), unet_inputs(unet, 1, latent, device="meta"))
-
-
-def _count(network, call):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(**call)
-    return sum(parameter.numel() for parameter in network.parameters()), counter.get_total_flops()
+    found = macs.count(network, **call)
+    return found.parameters, 2 * found.total
 
 
 def random_image(rng, height, width):
@@ -207,9 +197,9 @@ class SyntheticBatches:
             "original_size": torch.full((batch_size, 2), resolution),
             "crop_top_left": torch.zeros(batch_size, 2).long(),
         }
-        ids = {f"input_ids_{i}": row.expand(batch_size, -1) for i, row in enumerate(tokenize(CAPTION))}
+        caption = {name: row.expand(batch_size, *row.shape) for name, row in tokenize(CAPTION).items()}
         pixels = torch.full((batch_size, 3, resolution, resolution), 128, dtype=torch.uint8)
-        self.batch = {"pixels": pixels, **ids, **sizes}
+        self.batch = {"pixels": pixels, **caption, **sizes, "empty": torch.zeros(batch_size, dtype=torch.bool)}
 
     def __next__(self):
         return dict(self.batch)

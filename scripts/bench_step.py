@@ -1,14 +1,16 @@
 #!/usr/bin/env python
 """Time one training step on synthetic data: the plain composition beside ours, one change a row.
 
-`floor` is the time that the method's network FLOPs alone take at the matrix-product rate measured here, so that
-"share of floor" is the model-FLOPs utilisation against a rate this machine really reaches.
+"of floor" is the model-FLOPs utilisation against the matrix-product rate measured here: the floor is the time that the
+FLOPs of the method's networks alone take at that rate. "TFLOP/s" counts the same FLOPs, to divide by a data sheet's peak.
 """
 
-import copy
+import functools
+import gc
+import itertools
 import json
+import statistics
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +18,11 @@ from brisk import options
 
 
 class Setting(NamedTuple):
-    """What a row does; the defaults are the plain composition of the official script."""
+    """What a row of a U-Net method does; the defaults are the plain composition."""
 
     name: str = "plain"
-    batched_guidance: bool = False
+    batched_guidance: bool = False  # SLAM
+    lean_features: bool = False  # BK-SDM
     half_frozen: bool = False
     fused_updates: bool = False
     no_host_sync: bool = False
@@ -29,183 +32,91 @@ class Setting(NamedTuple):
     compiled: bool = False
 
 
-TEACHER = Path(__file__).resolve().parent.parent / "assets/tiny-teacher"
-# size: (pixels of the latent, down-sampling of the VAE); tiny is the built-in teacher
-SIZES = {"tiny": (8, 4), "sd15": (64, 8), "sdxl": (128, 8)}
-BATCHES = {"tiny": 16, "sd15": 16, "sdxl": 4}
+class LayerSetting(NamedTuple):
+    """What a row of FPDM, or of the DiT beside it, does; the defaults are the plain FPDM step."""
+
+    name: str = "FPDM, plain"
+    fixed_point: bool = True
+    true_no_grad: bool = False
+    hoisted: bool = False
+    fused_updates: bool = False
+    no_host_sync: bool = False
+    checkpointing: bool = False
+    compiled: bool = False
 
 
-def rows(compiled):
-    """The settings in order: same work first, then less work, then another compiler."""
-    setting = Setting()
-    listed = [setting]
-    changes = [
-        ("+ batched guidance", {"batched_guidance": True}), ("+ half frozen networks", {"half_frozen": True}),
-        ("+ foreach EMA, fused AdamW", {"fused_updates": True}), ("+ no host sync", {"no_host_sync": True}),
-        ("+ channels_last", {"channels_last": True}), ("+ cached latents and text", {"cached": True}),
-        ("- gradient checkpointing", {"checkpointing": False}), ("+ compile", {"compiled": True}),
-    ]  # fmt: skip
-    for name, change in changes if compiled else changes[:-1]:
-        setting = setting._replace(name=name, **change)
-        listed.append(setting)
-    return listed
+BATCHES = dict.fromkeys(("slam", "bksdm"), {"tiny": 16, "sd15": 16, "sd21": 8, "sdxl": 4}) | {
+    "fpdm": {"tiny": 16, "s2": 256, "b2": 128, "xl2": 64}
+}  # by method and size
+STEPS = {"slam": 10, "bksdm": 10, "fpdm": 24}
+OF_METHOD = {
+    "slam": [("+ batched guidance", {"batched_guidance": True}), ("+ half frozen networks", {"half_frozen": True})],
+    "bksdm": [("+ half teacher", {"half_frozen": True}), ("+ lean feature loss", {"lean_features": True})],
+}
+OF_ALL = [
+    ("+ foreach EMA, fused AdamW", {"fused_updates": True}), ("+ no host sync", {"no_host_sync": True}),
+    ("+ channels_last", {"channels_last": True}), ("+ cached latents and text", {"cached": True}),
+    ("- gradient checkpointing", {"checkpointing": False}), ("+ compile", {"compiled": True}),
+]  # fmt: skip
+OF_FPDM = [("+ true no-grad", {"true_no_grad": True}), ("+ hoisting", {"hoisted": True}), *OF_ALL[:2]]
+OTHERWISE = {"compiled": {"compiled": True}, "recomputed": {"checkpointing": True}}
+COLUMNS = [("s/step", "seconds_per_step", 4), ("images/s", "images_per_second", 2), ("TFLOP/s", "tflops_per_second", 3),
+           ("of floor", "share_of_floor", 3), ("peak GiB", "peak_gib", 3), ("ratio", "ratio_to_plain", 2)]  # fmt: skip
+COLUMNS_OF_FPDM = [("held GiB", "held_gib", 3), ("at m = 1", "peak_gib_at_one", 3), ("to DiT", "ratio_to_dit", 2)]
+
+
+def rows(compiled, method="slam"):
+    """The settings in order: one change a row, then (U-Nets) less work, then another compiler.
+
+    Of FPDM: the DiT, the FPDM step from the plain one to ours, both compiled and with recomputation.
+    """
+    is_layer = method == "fpdm"
+    listed = [LayerSetting() if is_layer else Setting()]
+    for name, change in OF_FPDM if is_layer else OF_METHOD[method] + OF_ALL:
+        listed.append(listed[-1]._replace(name=name, **change))
+    if is_layer:
+        ours, dit = listed[-1], listed[-1]._replace(name="DiT", fixed_point=False)
+        others = [[one._replace(name=f"{name}, {what}", **change) for what, change in OTHERWISE.items()]
+                  for name, one in (("DiT", dit), ("FPDM", ours))]  # fmt: skip
+        listed = [dit, *others[0], *listed, *others[1]]
+    return [setting for setting in listed if compiled or not setting.compiled]
 
 
 def parse_args(argv=None):
     """The namespace; see `--help`."""
     parser = options.Parser(__doc__)
-    add = parser.add_argument
-    add("--method", choices=("slam",), default="slam", help="whose step")
-    add("--size", choices=tuple(SIZES), default="tiny", help="random weights of this size")
-    add("--batch_size", type=options.COUNT, help="images per step; default 16, SDXL 4")
+    add, sizes = parser.add_argument, tuple(dict.fromkeys(size for batches in BATCHES.values() for size in batches))
+    add("--method", choices=tuple(BATCHES), default="slam", help="whose step; fpdm: that of the plain DiT too")
+    add("--preset", help="the student of --method bksdm; default bk_small, SDXL small_sd_xl")
+    add("--size", choices=sizes, default="tiny",
+        help="random weights of this size; tiny is the built-in teacher; of fpdm tiny, s2, b2 or xl2")  # fmt: skip
+    add("--batch_size", type=options.COUNT, help="images per step; default 16, SD2.1 8, SDXL 4, S/2 256, B/2 128, XL/2 64")
     add("--mixed_precision", choices=("no", "bf16", "fp16"), default="no", help="autocast type")
-    add("--steps", type=options.COUNT, default=10, help="timed steps per row")
+    add("--steps", type=options.COUNT, help="timed steps per row; default 10, fpdm 24")
     add("--warmup", type=options.COUNT_OR_ZERO, default=3, help="untimed steps per row")
+    add("--repeats", type=options.COUNT, default=1, help="times that all rows are taken in turn; their medians count")
     options.add_flag(parser, "--allow_tf32", "allow TF32 matrix products")
-    options.add_flag(parser, "--compile", "add the torch.compile row")
+    options.add_flag(parser, "--compile", "add the rows with torch.compile")
     add("--output", help="JSON file for the figures")
-    return options.parse(parser, argv)[0]
-
-
-class Bench:
-    """The networks of one row and its training step (stages 10b to 10g of the training script)."""
-
-    def __init__(self, setting, size, batch_size, half, device, networks):
-        import torch
-        from diffusers import DDPMScheduler
-
-        from brisk import optim, schedules, sd_models, seeding, tiny
-
-        self.setting, self.batch_size, self.half, self.device = setting, batch_size, half, device
-        unet, self.vae, self.text = (copy.deepcopy(network).to(device) for network in networks)
-        self.latent, factor = SIZES[size]
-        self.pixels = self.latent * factor
-        frozen = half if setting.half_frozen else torch.float32
-        self.student = sd_models.create_student(unet, 256, "zero").to(device).train()
-        self.teacher = unet.to(frozen).requires_grad_(False).eval()
-        self.ema = optim.EMA(copy.deepcopy(self.student))
-        if setting.checkpointing:
-            self.student.enable_gradient_checkpointing()
-        for network in (self.teacher, self.ema.network, self.student):
-            sd_models.speed_up(network, setting.channels_last, False, setting.compiled, print)
-        self.ema.work_in(frozen)
-        self.parameters = list(self.student.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0, fused=setting.fused_updates)
-        alphas = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
-        self.grid = schedules.solver_grid(alphas, 50).to(device)
-        self.frozen = frozen
-        inputs = tiny.unet_inputs(
-            unet, batch_size, self.latent, device=device, generator=seeding.generator(0, device=device)
-        )
-        self.cond = {name: value for name, value in inputs.items() if name not in ("sample", "timestep")}
-
-    def encode(self, draw):
-        """Stage 10b: latents; without a cache by way of the VAE and the text encoder."""
-        import torch
-
-        from brisk import sd_models
-
-        if self.setting.cached:
-            return torch.randn(self.batch_size, 4, self.latent, self.latent, generator=draw, device=self.device)
-        pixels = torch.zeros(self.batch_size, 3, self.pixels, self.pixels, dtype=torch.uint8, device=self.device)
-        mean, std = sd_models.latent_moments(self.vae, pixels, 32)
-        with torch.no_grad(), self.autocast():
-            self.text(torch.zeros(self.batch_size, self.text.config.max_position_embeddings, dtype=torch.long,
-                                  device=self.device))  # fmt: skip
-        return mean + std * torch.randn(mean.shape, generator=draw, device=self.device)
-
-    def autocast(self):
-        """The autocast context of the run."""
-        import torch
-
-        if self.half == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.half)
-
-    def teach(self, noisy, start):
-        """Stage 10d: raw teacher outputs with and without the prompt."""
-        import torch
-
-        from brisk import sd_models
-
-        with torch.no_grad(), self.autocast():
-            if self.setting.batched_guidance:
-                both = sd_models.stack_conditions(self.cond, self.cond)
-                out = sd_models.predict(self.teacher, self.frozen, noisy.repeat(2, 1, 1, 1), start.repeat(2), both)
-                return out.chunk(2)
-            return [sd_models.predict(self.teacher, self.frozen, noisy, start, self.cond) for _ in range(2)]
-
-    def step(self, number):
-        """One training step; returns the loss (a 0-dim tensor)."""
-        import torch
-
-        from brisk import optim, schedules, sd_models, seeding, splam
-
-        draw = seeding.generator(0, number, device=self.device)
-        latents = self.encode(draw)
-        index = torch.randint(50, (len(latents),), generator=draw, device=self.device)
-        noise = torch.randn(latents.shape, generator=draw, device=self.device)
-        gamma = splam.draw_fraction(torch.rand(2, len(latents), generator=draw, device=self.device))
-        start, end = self.grid.start_timesteps[index], self.grid.end_timesteps[index]
-        a, s = schedules.signal_and_noise(self.grid.alpha_cumprod_start[index], latents)
-        a_end, s_end = schedules.signal_and_noise(self.grid.alpha_cumprod_end[index], latents)
-        noisy = a * latents + s * noise
-        x_end, _, _ = splam.guided_ddim_step(*self.teach(noisy, start), noisy, a, s, a_end, s_end, 8.0, "epsilon")
-        with torch.no_grad(), self.autocast():
-            embedded = splam.gamma_embedding(torch.ones_like(gamma), 256)
-            out = sd_models.predict(self.ema.network, self.frozen, x_end, end, self.cond, embedded.to(self.frozen))
-        target = splam.consistency_output(x_end, schedules.to_x0_eps(out, x_end, a_end, s_end, "epsilon")[0], end)
-        point, sigma = splam.sub_path_point(noisy, x_end, gamma, a, s, a_end, s_end)
-        with self.autocast():
-            out = sd_models.predict(
-                self.student, torch.float32, point, start, self.cond, splam.gamma_embedding(gamma, 256)
-            )
-        x0 = splam.sub_path_x0(out, point, a, s, sigma, "epsilon")
-        loss = splam.distillation_loss(splam.consistency_output(point, x0, start), target, "huber")
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        if self.setting.fused_updates:
-            optim.step_if_finite(self.optimizer, torch.isfinite(norm))
-            self.ema.update(self.parameters, 0.95)
-        else:
-            self.optimizer.step()
-            with torch.no_grad():
-                for target_weight, weight in zip(self.ema.master, self.parameters, strict=True):
-                    target_weight.mul_(0.95).add_(weight, alpha=0.05)
-                self.ema._refresh()
-        self.optimizer.zero_grad(set_to_none=True)
-        if not self.setting.no_host_sync:
-            loss.item()
-        return loss.detach()
-
-
-def make_networks(size):
-    """(U-Net, VAE, text encoder): the built-in teacher's, or Stable Diffusion's with random weights."""
-    import torch
-    from diffusers import StableDiffusionPipeline
-
-    from brisk import tiny
-
-    torch.manual_seed(0)
-    if size == "tiny":
-        teacher = StableDiffusionPipeline.from_pretrained(TEACHER, dtype=torch.float32)
-        networks = teacher.unet, teacher.vae, teacher.text_encoder
-    elif size == "sd15":
-        networks = tiny.make_unet("sd15"), tiny.make_vae("sd15"), tiny.make_text_encoder("clip_l")
-    else:
-        encoder = tiny.make_text_encoder("open_clip_g", projection=True)
-        networks = tiny.make_unet("sdxl"), tiny.make_vae("sdxl"), encoder
-    return [network.requires_grad_(False).eval() for network in networks]
+    args, given = options.parse(parser, argv)
+    check_output(args.output)
+    for sentence in options.without_effect(given, {"preset": (args.method == "bksdm", "--method bksdm")}):
+        print(sentence)
+    check_size(args)
+    batches = BATCHES[args.method]
+    args.preset = args.preset or ("small_sd_xl" if args.size == "sdxl" else "bk_small")
+    args.batch_size, args.steps = args.batch_size or batches[args.size], args.steps or STEPS[args.method]
+    return args
 
 
 def matmul_rate(device, dtype):
-    """FLOP/s of a large matrix product in `dtype`, the best of several."""
+    """FLOP/s of a large matrix product in `dtype`, the best within a second."""
     import torch
 
-    n = 8192 if device.type == "cuda" else 1024
+    n = 8192 if device.type == "cuda" else 512  # short enough for a share of a busy core
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(8):
+    best, end = float("inf"), time.perf_counter() + 1
+    while time.perf_counter() < end:
         synchronize(device)
         started = time.perf_counter()
         a @ b
@@ -222,56 +133,120 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def time_row(setting, args, batch_size, half, device, networks):
-    """(mean seconds per step, peak GiB) of a row."""
+def time_row(make, steps, warmup, device):
+    """(mean seconds per step, this process' CPU seconds per step, memory figures) of the row that `make()` builds."""
     import torch
 
-    bench = Bench(setting, args.size, batch_size, half, device, networks)
+    gc.collect()  # the row before: compiled networks refer to themselves
+    bench = make()
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    for number in range(args.warmup):
+    for number in range(warmup):
         bench.step(number)
     synchronize(device)
-    started = time.perf_counter()
-    for number in range(args.steps):  # no wait in between, so that a row which waits by itself shows it
-        bench.step(args.warmup + number)
+    started, worked = time.perf_counter(), time.process_time()
+    for number in range(steps):  # no wait in between, so that a row which waits by itself shows it
+        bench.step(warmup + number)
     synchronize(device)
-    seconds = (time.perf_counter() - started) / args.steps
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    return seconds, peak
+    seconds, cpu_seconds = (time.perf_counter() - started) / steps, (time.process_time() - worked) / steps
+    return seconds, cpu_seconds, bench.memory()
+
+
+def check_size(args):
+    """UserError for a size that the method's networks do not come in."""
+    if args.size not in BATCHES[args.method]:
+        raise options.UserError(f"--size {args.size} is none of --method {args.method}: {', '.join(BATCHES[args.method])}.")
+
+
+def check_output(path):
+    """UserError if `--output` names a file in no folder, before any work."""
+    if path and not Path(path).absolute().parent.is_dir():
+        raise options.UserError(f"--output {path} is in a folder that does not exist.")
+
+
+def write_json(path, content):
+    """Write the figures."""
+    Path(path).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def compared_with(setting, settings):
+    """{name of a ratio: the setting it is taken to}: the plain step, and for FPDM the DiT of the same kind."""
+    if not isinstance(setting, LayerSetting):
+        return {"ratio_to_plain": settings[0]}
+    if not setting.fixed_point:
+        return {}
+    same = (setting.compiled, setting.checkpointing)
+    dit = next(one for one in settings if not one.fixed_point and (one.compiled, one.checkpointing) == same)
+    return {"ratio_to_plain": next(one for one in settings if one.fixed_point), "ratio_to_dit": dit}
+
+
+def describe(setting, settings, taken, flops, report):
+    """The figures of one row. Args: `taken` {name: what `time_row` returned, each time}, `flops` of a step."""
+    medians = {name: statistics.median(row[0] for row in each) for name, each in taken.items() if each}
+    seconds, mine = medians[setting.name], taken[setting.name]
+    figures = {"row": setting.name, "taken_seconds": [row[0] for row in mine], "seconds_per_step": seconds,
+               "cpu_seconds_per_step": statistics.median(row[1] for row in mine),
+               "images_per_second": report["batch_size"] / seconds, "flops_per_step": flops,
+               "flops_per_second": flops / seconds, "tflops_per_second": flops / seconds / 1e12,
+               "share_of_floor": flops / seconds / report["matmul_flops_per_second"], **mine[-1][2]}  # fmt: skip
+    ratios = compared_with(setting, settings)
+    return figures | {name: medians[other.name] / seconds for name, other in ratios.items()}
+
+
+def print_row(row, columns):
+    """One line of the table."""
+    cells = ["-" if row.get(key) is None else f"{row[key]:.{digits}f}" for _, key, digits in columns]
+    print(f"{row['row']:30s}" + "".join(f"{cell:>10s}" for cell in cells), flush=True)
+
+
+def measure(args, report, work, columns, device):
+    """Take all rows of a `bench_step_methods.Work`, print them, add them to `report` and write it."""
+    import torch
+
+    settings = rows(args.compile, args.method)
+    taken = {setting.name: [] for setting in settings}
+    for repeat, setting in itertools.product(range(args.repeats), settings):
+        if setting.compiled:
+            torch.compiler.reset()  # it would count the networks of earlier repeats
+        try:
+            row = time_row(functools.partial(work.make, setting), args.steps, args.warmup, device)
+        except torch.OutOfMemoryError:
+            raise options.UserError(f"'{setting.name}' is out of memory: give a smaller --batch_size.", 1) from None
+        taken[setting.name].append(row)
+        done = [one for one in settings if taken[one.name]]
+        report["rows"] = [describe(one, settings, taken, work.flops(one), report) for one in done]
+        if repeat == args.repeats - 1:
+            print_row(report["rows"][settings.index(setting)], columns)
+        if args.output:  # after each row: a later one may fail
+            write_json(args.output, report)
 
 
 def main(argv=None):
     args = parse_args(argv)
+    import bench_step_fpdm
+    import bench_step_methods
     import torch
 
-    from brisk import runlog, tiny
+    from brisk import runlog
 
     runlog.quiet_libraries()
     runlog.allow_fast_maths(args.allow_tf32)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    half = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
-    batch_size = args.batch_size or BATCHES[args.size]
-    networks = make_networks(args.size)
-    flops = 6 * batch_size * tiny.count_unet_flops(copy.deepcopy(networks[0]), SIZES[args.size][0])[1]
+    precision = runlog.usable_precision(args.mixed_precision)
+    half = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    is_layer = args.method == "fpdm"
+    work = (bench_step_fpdm if is_layer else bench_step_methods).prepare(args, half, device)
     rate = matmul_rate(device, half)
-    print(f"{args.size}, batch {batch_size}, {args.mixed_precision}: 6 U-Net forwards per image = {flops / 1e12:.3f} TFLOP "
-          f"per step; matrix products reach {rate / 1e12:.3f} TFLOP/s, the floor is {flops / rate:.4f} s")  # fmt: skip
-    print(f"{'row':30s} {'s/step':>9s} {'images/s':>9s} {'of floor':>9s} {'peak GiB':>9s} {'ratio':>6s}")
-    figures = []
-    for setting in rows(args.compile):
-        seconds, peak = time_row(setting, args, batch_size, half, device, networks)
-        figures.append({"row": setting.name, "seconds_per_step": seconds, "images_per_second": batch_size / seconds,
-                        "share_of_floor": flops / rate / seconds, "peak_gib": peak,
-                        "ratio_to_plain": figures[0]["seconds_per_step"] / seconds if figures else 1.0})  # fmt: skip
-        row = figures[-1]
-        print(f"{setting.name:30s} {seconds:9.4f} {row['images_per_second']:9.2f} {row['share_of_floor']:9.3f} "
-              f"{f'{peak:.2f}' if peak else '-':>9s} {row['ratio_to_plain']:6.2f}", flush=True)  # fmt: skip
-    if args.output:
-        facts = {"size": args.size, "batch_size": batch_size, "mixed_precision": args.mixed_precision,
-                 "flops_per_step": flops, "matmul_flops_per_second": rate, "environment": runlog.environment()}  # fmt: skip
-        with open(args.output, "w") as file:
-            json.dump({**facts, "rows": figures}, file, indent=1)
+    print(f"{args.method}, {args.size}, batch {args.batch_size}, {precision}: matrix products reach {rate / 1e12:.4g} TFLOP/s")
+    for text, flops in work.counted.items():
+        print(f"{text} = {flops / 1e12:.4g} TFLOP per step, the floor is {flops / rate:.4f} s")
+    columns = COLUMNS + (COLUMNS_OF_FPDM if is_layer else [])
+    print(f"{'row':30s}" + "".join(f"{header:>10s}" for header, *_ in columns))
+    report = {"method": args.method, "size": args.size, "batch_size": args.batch_size, "mixed_precision": precision,
+              "steps": args.steps, "repeats": args.repeats, "matmul_flops_per_second": rate, **work.facts,
+              "environment": runlog.environment(), "rows": []}  # fmt: skip
+    measure(args, report, work, columns, device)
 
 
 if __name__ == "__main__":

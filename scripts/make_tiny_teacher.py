@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Train the built-in teacher (a tiny Stable Diffusion of tinted digits) and its oracle, or write its data as shards."""
+"""Train the built-in teacher (a tiny Stable Diffusion of tinted digits) and its oracle, or write its data as shards or images.
+
+With --random a tiny pipeline of random weights and shards of synthetic pictures, to try things out.
+"""
 
 import json
 import shutil
@@ -12,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # evaluate.py is n
 from brisk import options
 
 FIGURE_STEPS = (50, 20, 10, 4, 2, 1)
+RANDOM = ("toy_sd1", "toy_sd2", "toy_sdxl", "sd1", "sd2", "sdxl")
 
 
 def parse_args(argv=None):
@@ -19,9 +23,13 @@ def parse_args(argv=None):
     parser = options.Parser(__doc__)
     add = parser.add_argument
     add("--shards", metavar="DIR", help="only write the training images as WebDataset shards into DIR")
+    add("--images", metavar="DIR",
+        help="only write training images as .png files into DIR/0 ... DIR/9 by digit, on black paper")  # fmt: skip
     add("--output_dir", metavar="DIR", help="train everything and save the pipeline here, in place of an older one")
+    add("--random", choices=RANDOM, help="write OUTPUT_DIR/teacher, a tiny pipeline of this family with random weights "
+        "(toy_: with every block of the real one), and OUTPUT_DIR/shards, random pictures")  # fmt: skip
     add("--oracle_dir", metavar="DIR", help="folder for the oracle; default: handwriting-oracle beside output_dir")
-    add("--copies", type=options.number(int, low=1, high=56), default=4, help="colour pairs per scan in the shards")
+    add("--copies", type=options.number(int, low=1, high=56), default=4, help="colour pairs per scan; in images at most 7")
     add("--samples_per_shard", type=options.COUNT, default=1000, help="samples per written shard")
     add("--seed", type=options.COUNT_OR_ZERO, default=0, help="seed of everything random")
     add("--threads", type=options.COUNT, default=1, help="CPU threads; another number may round differently")
@@ -34,10 +42,20 @@ def parse_args(argv=None):
     add("--guidance_scale", type=options.NOT_NEGATIVE, default=2.0, help="guidance of the measured samples")
     add("--samples", type=options.number(int, low=64), default=1120, help="images behind each measured figure")
     args, _ = options.parse(parser, argv)
-    if (args.shards is None) == (args.output_dir is None):
-        raise options.UserError("give one of --shards and --output_dir.")
-    if args.shards:
-        check_folder("shards", args.shards)
+    if sum(folder is not None for folder in (args.shards, args.images, args.output_dir)) != 1:
+        raise options.UserError("give one of --shards and --output_dir, or --images.")
+    for flag in ("shards", "images"):
+        if getattr(args, flag):
+            check_folder(flag, getattr(args, flag))
+    if args.images and args.copies > 7:
+        raise options.UserError(f"--copies is {args.copies}; with --images it is at most 7, the inks on one paper.")
+    if args.random and not args.output_dir:
+        raise options.UserError("--random writes shards of its own: give it --output_dir.")
+    if args.random:
+        check_folder("output_dir", args.output_dir)
+        check_folder("output_dir", Path(args.output_dir) / "teacher", "model_index.json")
+        check_folder("output_dir", Path(args.output_dir) / "shards", "synthetic-00000.tar")
+    if args.shards or args.images or args.random:
         return args
     args.oracle_dir = args.oracle_dir or str(Path(args.output_dir).resolve().parent / "handwriting-oracle")
     check_folder("output_dir", args.output_dir, "model_index.json")
@@ -52,6 +70,21 @@ def check_folder(flag, name, mark=None):
         raise options.UserError(f"--{flag} {name} is a file; give a folder.")
     if mark and folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
         raise options.UserError(f"--{flag} {name} holds other files and would be replaced; give a new folder.")
+
+
+def write_random(folder, family, seed):
+    """Write FOLDER/teacher and FOLDER/shards of random weights and pictures, in place of older ones."""
+    from brisk import tiny
+
+    teacher, shards = Path(folder) / "teacher", Path(folder) / "shards"
+    partial, shards_partial = (path.with_name(path.name + ".partial") for path in (teacher, shards))
+    for old in (partial, shards_partial):
+        shutil.rmtree(old, ignore_errors=True)
+    tiny.make_pipeline(family, seed).save_pretrained(partial)
+    paths = tiny.write_shards(shards_partial, seed=seed)
+    replace_folder(partial, teacher)
+    replace_folder(shards_partial, shards)
+    print(f"{teacher} ({family}, random weights) and {len(paths)} shards in {shards} written.")
 
 
 def train_pipeline(oracle, strokes, digits, args):
@@ -195,16 +228,22 @@ def main(argv=None):
     args = parse_args(argv)
     import torch
 
-    from brisk import handwriting
+    from brisk import handwriting, runlog
 
+    runlog.quiet_libraries()
+    torch.set_num_threads(args.threads)
+    if args.random:
+        write_random(args.output_dir, args.random, args.seed)
+        return
     if args.shards:
         paths = handwriting.write_shards(args.shards, args.seed, args.copies, args.samples_per_shard)
         print(f"{len(paths)} shards written: {paths[0]} to {paths[-1].name}.")
         return
-    from brisk import handwriting_teacher, runlog, scorers
+    if args.images:
+        print(f"{handwriting.write_class_folders(args.images, args.seed, args.copies)} images written to {args.images}.")
+        return
+    from brisk import handwriting_teacher, scorers
 
-    runlog.quiet_libraries()
-    torch.set_num_threads(args.threads)
     started = time.perf_counter()
     output, oracle_output = Path(args.output_dir), Path(args.oracle_dir)
     partial, oracle_partial = (path.with_name(path.name + ".partial") for path in (output, oracle_output))

@@ -5,18 +5,9 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 EXTRA=
 source scripts/setup.sh
+source scripts/builtin_data.sh
 OUT="${QUICKSTART_OUT:-outputs/quickstart}"
-CORES="$(nproc 2>/dev/null || sysctl -n hw.ncpu)"
-HALF=$(( CORES > 1 ? CORES / 2 : 1 ))
-mkdir -p "$OUT"
-
-echo "== 1/4 real data: handwritten digits in colours, as WebDataset shards"
-python scripts/make_tiny_teacher.py --shards "$OUT/shards"
-
-echo "== 2/4 encode images and captions once"
-OMP_NUM_THREADS="$CORES" python scripts/precompute_latents.py --pretrained_teacher_model assets/tiny-teacher \
-    --train_shards_path_or_url "$OUT/shards" --resolution 32 --batch_size 64 \
-    --output_dir "$OUT/latents"
+builtin_data "$OUT"
 
 echo "== 3/4 distil: SLAM here; beside it, on the other half of the cores, LCM with the same budget (log: $OUT/lcm.log)"
 TRAIN=(python train_splam_distill_sd_wds.py --config tiny_digits --precomputed_shards "$OUT/latents")

@@ -5,4 +5,4 @@ EXTRA=test
 source scripts/setup.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 WANDB_MODE=offline
 python -m ruff check .
-exec python -m pytest -q "$@"
+exec python -m pytest -q -n auto --dist loadfile "$@"

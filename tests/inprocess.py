@@ -1,5 +1,7 @@
 """Call a training script in this process on tiny models, and read what it wrote."""
 
+import contextlib
+import importlib
 import json
 import signal
 from pathlib import Path
@@ -7,33 +9,73 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from brisk import tiny
+from brisk import macs, students, tiny
+
+SLAM, BKSDM, FPDM = "train_splam_distill_sd_wds", "train_bksdm_distill", "train_fpdm"
+OWN = {
+    SLAM: ["--validation_steps=0", "--unet_time_cond_proj_dim=16"], BKSDM: ["--dataloader_num_workers=0"],
+    # 8x8 latents, 16 tokens of width 32; the run's folder is output_dir itself
+    FPDM: ["--hidden_size=32", "--depth=4", "--num_heads=4", "--image_size=64", "--num_classes=4", "--global_batch_size=4",
+           "--dataloader_num_workers=0", "--output_subdir=.", "--name=."],
+}  # fmt: skip
+DONE = {}
 
 
-def make_inputs(folder, family="sd1"):
-    """A tiny teacher and its shards below `folder`; the flags that name them."""
+def remembering(function, key_of):
+    """`function`, each result of which is worked out once per process; `key_of` its arguments is a string."""
+
+    def remember(*args, **named):
+        key = f"{function.__name__} {key_of(*args, **named)}"
+        if key not in DONE:
+            DONE[key] = function(*args, **named)
+        return DONE[key]
+
+    return remember
+
+
+def key_of_plan(*args):
+    """What `students.make_plan` depends on: its arguments, and the file of pairs if one is named."""
+    file = Path(args[4] or "") if len(args) > 4 else Path()
+    return json.dumps([*args, file.read_text() if file.is_file() else None])
+
+
+@contextlib.contextmanager
+def remembered_plans():
+    """Within it `students.make_plan` remembers: it takes most of a short run's time."""
+    plan, count = students.make_plan, macs.count
+    students.make_plan = remembering(plan, key_of_plan)
+    macs.count = remembering(count, lambda network, sample, **call: f"{dict(network.config)} {sample.shape}")
+    try:
+        yield
+    finally:
+        students.make_plan, macs.count = plan, count
+
+
+def make_inputs(folder, family="sd1", script=SLAM):
+    """A tiny teacher and its shards below `folder`; the flags that name them (of FPDM, which needs none, its own)."""
+    if script == FPDM:
+        return ["--synthetic_data=32", "--report_to=none", "--seed=7", "--log_every=1", "--adam_epsilon=1e-3", *OWN[FPDM]]
     if not (folder / family).is_dir():
         tiny.make_pipeline(family).save_pretrained(folder / family)
         tiny.write_shards(folder / "shards")
     return [
         f"--pretrained_teacher_model={folder / family}",
         f"--train_shards_path_or_url={folder}/shards/synthetic-{{00000..00001}}.tar",
-        "--resolution=32", "--train_batch_size=2", "--learning_rate=1e-3", "--validation_steps=0", "--report_to=none",
-        "--seed=7", "--log_every=1", "--unet_time_cond_proj_dim=16",
+        "--resolution=32", "--train_batch_size=2", "--learning_rate=1e-3", "--report_to=none", "--seed=7", "--log_every=1",
+        *OWN[script],
         "--adam_epsilon=1e-3",  # so that rounding does not decide the sign of an update
     ]  # fmt: skip
 
 
-def train(output, *flags):
-    """Run the SLAM script to its end; the rows of its metrics.jsonl."""
+def train(output, *flags, script=SLAM):
+    """Run a training script to its end; the rows of its metrics.jsonl."""
     from accelerate.state import AcceleratorState, GradientState
-
-    import train_splam_distill_sd_wds as script
 
     torch.set_num_threads(1)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        script.main([*map(str, flags), f"--output_dir={output}"])
+        with remembered_plans():
+            importlib.import_module(script).main([*map(str, flags), f"--output_dir={output}"])
     finally:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
@@ -44,7 +86,8 @@ def train(output, *flags):
 
 def weights(output):
     """Every tensor of the networks that a run or a checkpoint wrote, by file and name."""
-    networks = ("unet", "unet_target", "unet_lora", "pytorch_lora_weights.safetensors")
+    networks = ("unet", "unet_target", "unet_lora", "pytorch_lora_weights.safetensors", "unet_raw", "unet_ema",
+                "transformer", "transformer_raw", "transformer_ema")  # fmt: skip
     files = [
         path for path in sorted(Path(output).rglob("*.safetensors")) if path.relative_to(output).parts[0] in networks
     ]

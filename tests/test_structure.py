@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inprocess import make_inputs, train
+from inprocess import FPDM, SLAM, make_inputs, train
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = {path.stem: path for path in sorted((ROOT / "brisk").glob("*.py"))}
@@ -18,7 +18,8 @@ FILES = [*PACKAGE.values(), *sorted(ROOT.glob("*.py")), *sorted((ROOT / "scripts
 TENSORS = {"schedules", "fixed_point", "dirichlet", "metrics"}
 METHODS = {"splam", "bksdm", "feature_taps", "dit", "gaussian", "edm_nets", "solvers", "epd"}
 BLOCKS = {"dit": {"fixed_point"}, "epd": {"solvers"}, "bksdm": {"feature_taps"}}
-BUILDERS = {"tiny", "denoisers", "sd_models"}  # plumbing that may build a method's network
+# plumbing that may build a method's network
+BUILDERS = {"tiny", "denoisers", "sd_models", "students", "fpdm", "fpdm_options", "fpdm_sampling"}
 STAGES = [
     "1 options", "2 accelerator and seeds and log", "3 models (frozen, trainable)", "4 memory and precision",
     "5 EMA and optimizer", "6 data", "7 schedule and prepare", "8 state and resume", "9 manifest and dry run",
@@ -139,14 +140,16 @@ READING = ("item", "__bool__", "__float__", "__int__", "__index__", "tolist", "c
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("script", "flags"),
     [
-        (), ("--gradient_accumulation_steps=2", "--subpath_param=snr", "--gamma_one_prob=0.5"),
-        ("--use_lora", "--lora_ema"), ("--mixed_precision=bf16",),
+        (SLAM, ()), (SLAM, ("--gradient_accumulation_steps=2", "--subpath_param=snr", "--gamma_one_prob=0.5")),
+        (SLAM, ("--use_lora", "--lora_ema")), (SLAM, ("--mixed_precision=bf16",)),
+        (FPDM, ()), (FPDM, ("--fixed_point", "--gradient_accumulation_steps=2", "--predict_v", "--use_zero_terminal_snr")),
+        (FPDM, ("--fixed_point", "--flow", "--mixed_precision=bf16", "--fp_grad_checkpointing")),
     ],
-    ids=["full", "accumulation", "lora", "bf16"],
+    ids=["full", "accumulation", "lora", "bf16", "dit", "fpdm", "flow"],
 )  # fmt: skip
-def test_steps_between_two_log_lines_never_wait_for_the_device(tmp_path, monkeypatch, flags):
+def test_steps_between_two_log_lines_never_wait_for_the_device(tmp_path, monkeypatch, script, flags):
     """Every read of a tensor's value by our code would stall a GPU; only steps that log may do it."""
     from brisk import runlog
 
@@ -181,7 +184,7 @@ def test_steps_between_two_log_lines_never_wait_for_the_device(tmp_path, monkeyp
 
     monkeypatch.setattr(runlog.RunLog, "next_batch", watch_from_here)
     monkeypatch.setattr(runlog.RunLog, "due", stop_if_logging)
-    train(tmp_path / "out", *make_inputs(tmp_path), "--max_train_steps=4", "--log_every=4", *flags)
+    train(tmp_path / "out", *make_inputs(tmp_path, script=script), "--max_train_steps=4", "--log_every=4", *flags, script=script)
     assert steps == [False, False, False, True]
     assert reads == []
     watching[0] = True  # the watch itself works

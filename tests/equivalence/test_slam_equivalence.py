@@ -4,7 +4,7 @@ import pytest
 import torch
 from inprocess import assert_equal, make_inputs, train, weights
 
-from brisk import optim, schedules, sd_models, seeding, splam, tiny
+from brisk import macs, optim, schedules, sd_inputs, sd_models, seeding, splam, tiny
 
 pytestmark = [
     pytest.mark.equivalence,
@@ -184,10 +184,10 @@ def test_guidance_in_one_batch_equals_two_calls(family):
     parts = tiny.make_pipeline(family)
     unet = parts.unet.eval().requires_grad_(False)
     draw = torch.Generator().manual_seed(0)
-    calls = [tiny.unet_inputs(unet, 3, 8, tokens=16, generator=draw) for _ in range(2)]
+    calls = [macs.unet_inputs(unet.config, 3, 8, tokens=16, generator=draw) for _ in range(2)]
     conds = [{name: call[name] for name in call if name not in ("sample", "timestep")} for call in calls]
     x, t = calls[0]["sample"], torch.tensor([19, 499, 999])
-    both = sd_models.predict(unet, torch.float32, x.repeat(2, 1, 1, 1), t.repeat(2), sd_models.stack_conditions(*conds))
+    both = sd_models.predict(unet, torch.float32, x.repeat(2, 1, 1, 1), t.repeat(2), sd_inputs.stack_conditions(*conds))
     single = [sd_models.predict(unet, torch.float32, x, t, cond) for cond in conds]
     for one, two in zip(both.chunk(2), single, strict=True):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)

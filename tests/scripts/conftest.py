@@ -1,7 +1,9 @@
-"""What the script tests share: tiny teachers, shards, the SLAM script called in this process or in its own."""
+"""What the script tests share: tiny teachers, shards, a training script called in this process or in its own."""
 
 import contextlib
+import functools
 import gc
+import importlib
 import io
 import json
 import multiprocessing
@@ -20,11 +22,12 @@ import pytest
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "train_splam_distill_sd_wds.py"
-SOURCES = ("--train_shards_path_or_url", "--train_data_dir", "--precomputed_shards", "--config")
+SOURCES = ("--train_shards_path_or_url", "--train_data_dir", "--dataset_name", "--precomputed_shards", "--cached_latents",
+           "--config", "--feature_path", "--synthetic_data")  # fmt: skip
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask a network, nor wait for one
+from inprocess import BKSDM, FPDM, OWN, SLAM, remembered_plans  # noqa: E402 - torch reads these settings when it is imported
 
 
 def read_rows(output):
@@ -50,13 +53,16 @@ def free_port():
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Folders of tiny random pipelines by family: sd1, sd2 (v-prediction, zero terminal SNR), sdxl."""
+    """Folders of random pipelines by family of `tiny.make_pipeline`, made when first asked for."""
     from brisk import tiny
 
-    folder = tmp_path_factory.mktemp("models")
-    for family in ("sd1", "sd2", "sdxl"):
-        tiny.make_pipeline(family).save_pretrained(folder / family)
-    return {family: folder / family for family in ("sd1", "sd2", "sdxl")}
+    class Models(dict):
+        def __missing__(self, family):
+            self[family] = tmp_path_factory.mktemp("models") / family
+            tiny.make_pipeline(family).save_pretrained(self[family])
+            return self[family]
+
+    return Models()
 
 
 @pytest.fixture(scope="session")
@@ -71,46 +77,51 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def base_flags(models, shards):
-    """A function: (flags, family) -> a complete command line of two steps; later flags win over these."""
+    """A function: (flags, family, script) -> a complete command line of two steps; later flags win over these."""
 
-    def flags(*more, family="sd1"):
+    def flags(*more, family="sd1", script=SLAM):
         more = [str(flag) for flag in more]
+        if script == FPDM:
+            data = [] if any(flag.startswith(SOURCES) for flag in more) else ["--synthetic_data=64"]
+            return [*data, "--max_train_steps=2", "--log_every=1", "--report_to=none", "--seed=7", *OWN[FPDM], *more]
         data = [] if any(flag.startswith(SOURCES) for flag in more) else [f"--train_shards_path_or_url={shards}"]
+        own = OWN[script] if "--use_lora" not in more else ["--validation_steps=0", "--lora_rank=4"]
+        own = [*own, "--preset=tiny_sd_xl"] if family == "toy_sdxl" and script == BKSDM else own
         return [f"--pretrained_teacher_model={models[family]}", *data, "--resolution=32", "--train_batch_size=2",
-                "--max_train_steps=2", "--log_every=1", "--validation_steps=0", "--report_to=none", "--seed=7",
-                "--unet_time_cond_proj_dim=16" if "--use_lora" not in more else "--lora_rank=4", *more]  # fmt: skip
+                "--max_train_steps=2", "--log_every=1", "--report_to=none", "--seed=7", *own, *more]  # fmt: skip
 
     return flags
 
 
 @pytest.fixture(scope="session")
 def run_main(base_flags, tmp_path_factory):
-    """Train in this process: run_main(flag, ..., family=, output=) -> output folder, metrics rows, what stderr got.
+    """Train in this process: run_main(flag, ..., family=, output=, script=) -> output folder, metrics rows, stderr's text.
 
     Errors pass through; `run_main.log()` is the stderr of the last run, also of a failed one.
     """
     import torch
     from accelerate.state import AcceleratorState, GradientState
 
-    import train_splam_distill_sd_wds as script
-
     torch.set_num_threads(1)
     last = {}
 
-    def run(*flags, family="sd1", output=None):
+    def run(*flags, family="sd1", output=None, script=SLAM):
         output = Path(output or tmp_path_factory.mktemp("run") / "out")
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         stderr = last["stderr"] = io.StringIO()
         try:
-            with contextlib.redirect_stderr(stderr):
-                script.main(base_flags(f"--output_dir={output}", *flags, family=family))
+            with contextlib.redirect_stderr(stderr), remembered_plans():
+                importlib.import_module(script).main(base_flags(f"--output_dir={output}", *flags, family=family, script=script))
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # else the loader's processes live as long as the error
             raise
         finally:
             gc.collect()
+            if script not in last:  # what its libraries made stays for good, and need not be searched after every run
+                last[script] = True
+                gc.freeze()
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
             for number, handler in handlers.items():
@@ -121,17 +132,66 @@ def run_main(base_flags, tmp_path_factory):
     return run
 
 
-class Forked:
-    """A child process that runs the script with everything imported already; as killable as any, without the start-up."""
+@pytest.fixture(scope="session")
+def run_bksdm(run_main):
+    """`run_main` of the BK-SDM script, by default on the SD1 teacher that has every block."""
+    run = functools.partial(run_main, script=BKSDM, family="toy_sd1")
+    run.log = run_main.log
+    return run
 
-    def __init__(self, flags, log, prepare):
-        """Args: `log`: file for its stderr; `prepare`: called in the child first."""
+
+@pytest.fixture(scope="session")
+def run_fpdm(run_main):
+    """`run_main` of the FPDM script: a tiny plain DiT on made-up latents unless flags say otherwise."""
+    run = functools.partial(run_main, script=FPDM)
+    run.log = run_main.log
+    return run
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of six pictures, each with a caption of its own."""
+    import numpy as np
+
+    from brisk import tiny
+
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        tiny.random_image(rng, 40, 48).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"{number} red squares")
+    return folder
+
+
+@pytest.fixture
+def calls_of(monkeypatch):
+    """A function (module, name): replaces module.name by itself, noting (arguments, keyword arguments, result) of each call."""
+
+    def note(module, name):
+        calls, original = [], getattr(module, name)
+
+        def wrapper(*args, **kwargs):
+            result = original(*args, **kwargs)
+            calls.append((args, kwargs, result))
+            return result
+
+        monkeypatch.setattr(module, name, wrapper)
+        return calls
+
+    return note
+
+
+class Forked:
+    """A child process that runs a script with everything imported already; as killable as any, without the start-up."""
+
+    def __init__(self, flags, log, prepare, script):
+        """Args: `log`: file for its stderr; `prepare`: called in the child first; `script`: module name."""
         self.log, self.returncode = log, None
         self.pid = os.fork()
         if self.pid == 0:
-            self._run(flags, prepare)
+            self._run(flags, prepare, script)
 
-    def _run(self, flags, prepare):
+    def _run(self, flags, prepare, script):
         code = 70
         try:
             os.setsid()
@@ -142,10 +202,10 @@ class Forked:
             sys.stderr = file
             tqdm.set_lock(threading.RLock())  # the bar's own lock is shared with the parent: a kill would leave it locked
             prepare()
-            import train_splam_distill_sd_wds as script
             from brisk import options
 
-            options.run(script.main, flags)
+            with remembered_plans():
+                options.run(importlib.import_module(script).main, flags)
             code = 0
         except SystemExit as stop:
             code = stop.code
@@ -186,12 +246,13 @@ class Forked:
 
 @pytest.fixture(scope="module")
 def fork_script(run_main, base_flags, tmp_path_factory):
-    """Start the script in a forked child: fork_script(flags, family=, prepare=, whole=) -> Forked; `whole`: flags as given."""
+    """Start a script in a forked child: fork_script(flags, family=, prepare=, whole=, script=) -> Forked; `whole`: as given."""
     started = []
 
-    def start(*flags, family="sd1", prepare=lambda: None, whole=False):
-        given = list(map(str, flags)) if whole else base_flags(*flags, family=family)
-        started.append(Forked(given, tmp_path_factory.mktemp("forked") / "stderr.txt", prepare))
+    def start(*flags, family="sd1", prepare=lambda: None, whole=False, script=SLAM):
+        importlib.import_module(script)  # here, so that children start with it
+        given = list(map(str, flags)) if whole else base_flags(*flags, family=family, script=script)
+        started.append(Forked(given, tmp_path_factory.mktemp("forked") / "stderr.txt", prepare, script))
         return started[-1]
 
     yield start
@@ -202,12 +263,12 @@ def fork_script(run_main, base_flags, tmp_path_factory):
 
 @pytest.fixture
 def run_script(base_flags, tmp_path):
-    """Run the script as a user does, in a new interpreter -> (exit code, stderr); `bare` leaves the standard flags out."""
+    """Run a script as a user does, in a new interpreter -> (exit code, stderr); `bare` leaves the standard flags out."""
 
-    def run(*flags, env=None, bare=False):
-        given = [str(flag) for flag in flags] if bare else base_flags(*flags)
-        done = subprocess.run([sys.executable, str(SCRIPT), *given], env=environment(**env or {}), capture_output=True,
-                              text=True, timeout=240)  # fmt: skip
+    def run(*flags, env=None, bare=False, script=SLAM, family="sd1"):
+        given = [str(flag) for flag in flags] if bare else base_flags(*flags, family=family, script=script)
+        done = subprocess.run([sys.executable, ROOT / f"{script}.py", *given], env=environment(**env or {}),
+                              capture_output=True, text=True, timeout=240)  # fmt: skip
         return done.returncode, done.stderr
 
     return run

@@ -3,23 +3,32 @@
 import ast
 import functools
 import importlib
+import json
 import os
 import re
+import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+import sample_fpdm
+import train_bksdm_distill as bksdm
+import train_fpdm as fpdm
 import train_splam_distill_sd_wds as slam
-from brisk import data, options
+from brisk import bksdm as method
+from brisk import data, dit, fpdm_options, options
 
 pytestmark = pytest.mark.quick
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 CONFIGS = sorted((ROOT / "configs/splam").glob("*.yaml"))
+BKSDM_CONFIGS = sorted((ROOT / "configs/bksdm").glob("*.yaml"))
+FPDM_CONFIGS = sorted((ROOT / "configs/fpdm").glob("*.yaml"))
 RECIPES = sorted((ROOT / "scripts").glob("splam_*.sh"))
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "brisk").glob("*.py"), *(ROOT / "scripts").glob("*.py")])
-OTHER_TOOLS_FLAGS = {"--multi_gpu", "--num_processes"}  # of accelerate launch
+OTHER_TOOLS_FLAGS = {"--multi_gpu", "--num_processes", "--config_file"}  # of accelerate launch
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -31,7 +40,7 @@ def without_fences(text):
     return FENCE.sub("", text)
 
 
-def parser_of(parse_args, monkeypatch):
+def parser_of(parse_args):
     """The parser that a script's `parse_args` builds."""
     caught = {}
 
@@ -39,17 +48,18 @@ def parser_of(parse_args, monkeypatch):
         caught["parser"] = parser
         raise InterruptedError
 
-    monkeypatch.setattr(options, "parse", catch)
-    with pytest.raises(InterruptedError):
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(InterruptedError):
+        patched.setattr(options, "parse", catch)
         parse_args([])
-    monkeypatch.undo()
     return caught["parser"]
 
 
 @functools.cache
 def declared_flags():
-    """The flags that any script of the repository declares, read from its source."""
+    """The flags that any script of the repository declares, read from its source, and those that FPDM's put together."""
     declared = {"--help"}
+    for script in (fpdm, sample_fpdm):
+        declared |= set(parser_of(script.parse_args)._option_string_actions)
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
@@ -113,28 +123,135 @@ def test_flags_exist(path):
     )
 
 
-def test_method_flags_are_all_listed_with_their_defaults(monkeypatch):
-    parser = parser_of(slam.parse_args, monkeypatch)
+METHODS = [
+    # page, script, groups of flags whose every member is listed, flags that are not
+    ("splam", slam, ("method (arXiv 2404.13903)", "LoRA"), {"--cast_teacher_unet"}),  # of old command lines, does nothing
+    ("bksdm", bksdm, ("teacher and student", "method (arXiv 2305.15798)", "frozen networks", "average and validation"), set()),
+    ("fpdm", fpdm, ("network (arXiv 2401.08741)", "training (arXiv 2401.08741, section 3)"), set()),
+]
+MODULES = {"fpdm": ("dit", "gaussian", "fixed_point")}  # whose every function is in the equation table, where not the page's own
+
+
+def flags_of_table(table):
+    """{flag: default} of a table whose first columns they are."""
+    return dict(re.findall(r"^\| `(--\w+)` \| (\S+) \|", table, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name, script, titles, unlisted", METHODS, ids=[method[0] for method in METHODS])
+def test_method_flags_are_all_listed_with_their_defaults(name, script, titles, unlisted):
+    parser = parser_of(script.parse_args)
     defaults = {f"--{action.dest}": str(action.default) for action in parser._actions}
-    table = page("splam.md").split("## Flags of the method")[1].split("\n\n**")[0]
-    listed = dict(re.findall(r"^\| `(--\w+)` \| (\S+) \|", table, re.MULTILINE))
+    table = page(f"{name}.md").split("## Flags of the method")[1].split("\n\n**")[0]
+    listed = flags_of_table(table)
     assert len(listed) > 20
     assert listed == {name: defaults.get(name) for name in listed}
     groups = {group.title: group for group in parser._action_groups}
-    wanted = {
-        f"--{action.dest}" for title in ("method (arXiv 2404.13903)", "LoRA") for action in groups[title]._group_actions
-    }
-    assert wanted - set(listed) == {"--cast_teacher_unet"}  # accepted for old command lines, does nothing
+    wanted = {f"--{action.dest}" for title in titles for action in groups[title]._group_actions}
+    assert wanted - set(listed) == unlisted
 
 
-def test_functions_of_the_equation_table_exist_and_none_is_left_out():
-    table = page("splam.md").split("## Equation to function")[1].split("\n\n**")[0]
+def test_sampling_flags_of_fpdm_are_all_listed_with_their_defaults():
+    parser = parser_of(sample_fpdm.parse_args)
+    groups = [group for group in parser._action_groups if group.title in ("sampler", "fixed-point layer")]
+    wanted = {f"--{action.dest}": str(action.default) for group in groups for action in group._group_actions}
+    assert flags_of_table(page("fpdm.md").split("\n## Sampling")[1].split("\n\n**")[0]) == wanted
+
+
+@pytest.mark.parametrize("name", [method[0] for method in METHODS])
+def test_functions_of_the_equation_table_exist_and_none_is_left_out(name):
+    table = page(f"{name}.md").split("## Equation to function")[1].split("\n## ")[0].split("\n\n**")[0]
     named = re.findall(r"`(\w+)\.(\w+)`", table)
     assert len(named) > 12
     for module, function in named:
         assert callable(getattr(importlib.import_module(f"brisk.{module}"), function)), (module, function)
-    tree = ast.parse((ROOT / "brisk/splam.py").read_text())
-    assert {node.name for node in tree.body if isinstance(node, ast.FunctionDef)} <= {name for _, name in named}
+    for module in MODULES.get(name, (name,)):
+        tree = ast.parse((ROOT / f"brisk/{module}.py").read_text())
+        public = {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}
+        assert public <= {name for _, name in named}
+
+
+def rows_below(heading, name="fpdm.md"):
+    """The cells of the first table below a heading or text of a page, without the table's head."""
+    table = page(name).split(heading)[1].split("\n|---")[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[1:]]
+
+
+def test_sizes_on_the_fpdm_page_are_the_stored_counts():
+    counts = json.loads((ROOT / "tests/assets/conformance/fpdm/counts.json").read_text())["params"]
+    keys = ("model", "num_classes", "fixed_point", "pre", "learn_sigma")
+    count = {tuple(row[key] for key in keys): row["params"] for row in counts}
+    rows = rows_below("\n## Sizes")
+    assert [f"DiT-{row[0]}" for row in rows] == [name for patch in "248" for name in dit.NAMES if name.endswith(patch)]
+    for size, *cells in rows:
+        def of(classes, depth, model=f"DiT-{size}"):
+            return count[model, classes, depth > 0, depth, True]
+
+        saved = f"{100 * of(1000, 1) / of(1000, 0) - 100:.1f} %"
+        wanted = [*(of(1000, depth) for depth in (0, 1, 2, 4)), of(1, 0), of(1, 1)]
+        assert cells == [f"{number:,}" + f" ({saved})" * (place == 1) for place, number in enumerate(wanted)]
+
+
+def test_costs_on_the_fpdm_page_follow_from_the_counts():
+    def work(pre, n, m):  # multiply-accumulates of an image; a backward pass is two forward ones
+        shared, each = (dit.fixed_point_macs(1152, 256, pre, pre, k) for k in (0, 1))
+        return 3 * shared + (n + 3 * m) * (each - shared)
+
+    plain = 28 * dit.macs(1152, 256)["block"]
+    counted = [3 * plain, *(work(pre, 5, 6.5) for pre in (1, 4, 1))]
+    parameters = [674834720, 86500256, 229931168, 85349408]
+    for (names, batch, *cells), macs, count in zip(rows_below("no recomputation:"), counted, parameters, strict=True):
+        for name in re.findall(r"`(\w+)`", names):
+            assert fpdm.parse_args([f"--config={name}"])[0].global_batch_size == int(batch)
+        total = 2 * macs * int(batch) * 400_000
+        assert cells == [f"{2e-12 * macs:.3f}", f"{1e-18 * total:.1f}", f"{total / 3.6e17:.0f}", f"{20e-9 * count:.1f}"]
+    for iterations, *cells in rows_below("the plain DiT has\n118.4:"):
+        ours, theirs = (dit.fixed_point_macs(1152, 256, 1, 1, int(iterations), hoisted) for hoisted in (True, False))
+        assert cells == [f"{ours / 1e9:.1f}", f"{theirs / 1e9:.1f}", str(int(20 * plain // ours))]
+    assert f"{plain / 1e9:.1f}" == "118.4"
+
+
+def test_sizes_on_the_bksdm_page_are_those_of_the_stored_counts():
+    table = page("bksdm.md").split("## Sizes")[1].split("\n\nThe mid")[0]
+    counts = json.loads((ROOT / "tests/assets/conformance/bksdm/param_counts.json").read_text())["unets"]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")][1:]
+    families = {"SD1": ("sd1_teacher", "_sd1"), "SD2, 64": ("sd2_base_teacher", "_sd2_base"),
+                "SD2, 96": ("sd2_v_teacher", "_sd2_v"), "SDXL": ("sdxl_teacher", "")}  # fmt: skip
+    renamed = {"small_sd_xl": "sdxl_small", "tiny_sd_xl": "sdxl_tiny"}
+    seen, teacher, suffix = set(), None, None
+    for title, parameters, change, work in rows:
+        begin = [values for start, values in families.items() if title.startswith(start)]
+        teacher, suffix = begin[0] if begin else (teacher, suffix)
+        names = [renamed.get(name, name + suffix) for name in re.findall(r"`(\w+)`", title)] or [teacher]
+        found = [counts[name] for name in names]
+        seen |= set(names)
+        expected = [f"{one['macs_total'] / 1e9:.1f} ({one['macs_thop_convention'] / 1e9:.1f})" for one in found]
+        assert work == ", ".join(expected)
+        if parameters != "as above":
+            assert parameters == f"{found[0]['params']:,}"
+            against = found[0]["params"] / counts[teacher]["params"] - 1
+            assert change == (f"{100 * against:.1f} %" if against else "")
+    assert seen == set(counts)
+
+
+def test_feature_pairs_on_the_bksdm_page_are_as_many_as_the_stored_ones():
+    stored = json.loads((ROOT / "tests/assets/conformance/bksdm/feature_pairs.json").read_text())
+    renamed = {"bk_base": "sd_base", "bk_small": "sd_small", "bk_tiny": "sd_tiny", "small_sd_xl": "sdxl_small",
+               "tiny_sd_xl": "sdxl_tiny", "segmind_vega": "ssd_1b"}  # fmt: skip
+    section = page("bksdm.md").split("### Feature sets")[1].split("\n#")[0]
+    stated = {}
+    for name, presets, counts in re.findall(r"^\| `(\w+)` \| (`.+`) \| ([\d, ]+) \|", section, re.MULTILINE):
+        presets, counts = re.findall(r"`(\w+)`", presets), counts.split(", ")
+        stated |= {preset: (name, int(count)) for preset, count in
+                   zip(presets, counts * (len(presets) // len(counts)), strict=True)}  # fmt: skip
+    assert set(stated) == set(method.PRESETS)
+    for preset, (name, count) in stated.items():
+        assert method.PRESETS[preset].feature_set == name
+        assert len(stored[f"{renamed.get(preset, preset)}/{name}"]) == count
+
+
+@pytest.mark.parametrize("name", ["bksdm", "fpdm"])
+def test_figures_of_the_demo_have_one_delimited_place(name):
+    assert len(re.findall(r"<!-- demo figures: begin -->\n.*?\n<!-- demo figures: end -->", page(f"{name}.md"), re.DOTALL)) == 1
 
 
 def test_skip_reasons_are_the_codes():
@@ -146,11 +263,42 @@ def test_skip_reasons_are_the_codes():
     assert {reason for row in rows for reason in re.findall(r"`([^`]+)`", row)} == raised
 
 
+def test_skip_reasons_of_latents_are_the_codes():
+    tree = ast.parse((ROOT / "brisk/latent_rows.py").read_text())
+    texts = {text for node in ast.walk(tree) if isinstance(node, ast.Raise | ast.Call) for text in constants(node)}
+    [listed] = re.findall(r"- A sample that cannot be used is skipped and counted: (.*?), and for", page("data.md"), re.DOTALL)
+    reasons = re.findall(r"`([^`]+)`", listed)
+    assert len(reasons) == 6 and set(reasons) <= texts
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_python_blocks_compile(path):
     for number, (language, body) in enumerate(FENCE.findall(path.read_text())):
         if language == "python":
             compile(body, f"{path.name} block {number}", "exec")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_commands_parse_as_printed(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    blocks = [body for language, body in FENCE.findall(path.read_text()) if language == "bash"]
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        words = shlex.split(line)
+        words = words[2:] if words[:2] == ["accelerate", "launch"] else words[1:]
+        if not words or not words[0].endswith(".py"):
+            continue
+        script = importlib.import_module(Path(words[0]).stem)
+        if script.__name__ == "convert_bksdm":
+            words[2] = str(tmp_path)  # looks whether the checkpoint is there
+        parsed = script.parse_args(words[1:])
+        if script in (slam, bksdm):
+            script.check_args(parsed[0])
+            options.data_options(parsed[0])
+        if script is fpdm:
+            script.check_args(parsed[0])
+            fpdm_options.network_config(parsed[0])
+            assert not options.without_effect(parsed[1], script.effects(parsed[0], parsed[0].mixed_precision))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -166,7 +314,8 @@ def test_links_resolve(path):
             assert anchor in anchors(file.read_text()), target
 
 
-@pytest.mark.parametrize("path", [*PAGES, *CONFIGS, *RECIPES], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*PAGES, *CONFIGS, *BKSDM_CONFIGS, *FPDM_CONFIGS, *RECIPES],
+                         ids=lambda path: f"{path.parent.name}/{path.name}")  # fmt: skip
 def test_text_is_of_the_project_alone(path):
     text = path.read_text()
     assert not re.search(r"\.\./shared|(?<![\w.])/(?:home|root|work|tmp|Users|mnt|opt|var)/|[A-Z]:\\\\", text)
@@ -185,6 +334,7 @@ def test_config_holds_known_flags_and_needs_only_data(path):
     data = [] if path.stem == "tiny_digits" else ["--train_data_dir=images"]
     args, given = slam.parse_args([f"--config={path.stem}", *data])
     slam.check_args(args)
+    options.data_options(args)
     assert {"pretrained_teacher_model", "output_dir"} <= given
     assert options.read_counts("", args.validation_num_inference_steps)[-1] <= args.num_ddim_timesteps
     idle = options.without_effect(given, slam.effects(args, args.mixed_precision))
@@ -212,6 +362,7 @@ def test_recipe_runs_the_script_with_flags_it_knows(path, tmp_path):
     assert launch == "launch" and (ROOT / script).is_file()
     args, _ = slam.parse_args(flags)
     slam.check_args(args)
+    options.data_options(args)
     assert args.report_to == "none" and not args.push_to_hub, "flags at the end win"
     assert (args.learning_rate, args.train_batch_size, args.max_train_steps) == (8e-6, 12, 1000)
     assert (args.loss_type, args.ema_decay, args.adam_weight_decay) == ("huber", 0.95, 0.0)

@@ -10,7 +10,7 @@ from conftest import ROOT, environment
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from brisk import handwriting
+from brisk import handwriting, tiny
 from brisk.handwriting_teacher import all_captions, build_tokenizer, tokenize
 from brisk.scorers import load_oracle
 
@@ -96,6 +96,23 @@ def test_shards_are_written_alone_and_reproducibly(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+def test_random_teacher_and_shards_are_written_in_place_of_older_ones(tmp_path, capsys):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import make_tiny_teacher
+
+    (tmp_path / "run").mkdir()
+    for family in ("toy_sdxl", "toy_sd1"):
+        make_tiny_teacher.main(["--random", family, "--output_dir", str(tmp_path)])
+        assert family in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "shards", "teacher"]
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "teacher")
+    assert pipeline("a red square", num_inference_steps=1, output_type="pt").images.shape == (1, 3, 32, 32)
+    expected = tiny.make_pipeline("toy_sd1").unet.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in pipeline.unet.state_dict().items())
+    assert [path.name for path in sorted((tmp_path / "shards").iterdir())] == [
+        "synthetic-00000.tar", "synthetic-00001.tar"]  # fmt: skip
+
+
 def test_bad_input_is_one_sentence_and_touches_nothing(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for arguments, message in (
@@ -106,6 +123,8 @@ def test_bad_input_is_one_sentence_and_touches_nothing(tmp_path):
         (["--output_dir", tmp_path], "holds other files"),
         (["--output_dir", tmp_path / "x", "--oracle_dir", tmp_path], "holds other files"),
         (["--shards", tmp_path / "notes.txt"], "is a file"),
+        (["--random", "toy_sd1", "--shards", tmp_path / "x"], "give it --output_dir"),
+        (["--random", "sd3", "--output_dir", tmp_path / "x"], "invalid choice"),
     ):
         result = call(*arguments)
         assert result.returncode == 2 and message in result.stderr, (arguments, result.stderr)

@@ -1,18 +1,26 @@
 """Every command and code block of the README is run: as printed, but for models, data and sizes."""
 
+import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, environment
+from conftest import BKSDM, ROOT, environment
+
+import train_bksdm_distill
+from brisk import options
 
 README = (ROOT / "README.md").read_text()
 SMALL = ["--max_train_steps", "2", "--resolution", "32", "--train_batch_size", "2", "--validation_steps", "2",
          "--num_validation_images", "1", "--checkpointing_steps", "2", "--seed", "1"]  # fmt: skip
 INSTALL = "python3 -m venv"  # the same two steps are what scripts/setup.sh does
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+VAE = "madebyollin/sdxl-vae-fp16-fix"
+POKEMON = "lambdalabs/pokemon-blip-captions"
 
 
 def blocks(language):
@@ -23,6 +31,12 @@ def blocks(language):
 def commands():
     """The bash blocks as single lines, the printed line breaks joined."""
     return [block.replace("\\\n", " ").strip() for block in blocks("bash")]
+
+
+def fpdm_commands():
+    """The lines of the blocks that belong to FPDM, in order."""
+    of_fpdm = [block for block in commands() if "_fpdm.py" in block or "--class_labels" in block]
+    return [line for block in of_fpdm for line in block.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +73,9 @@ def shrink(words, place, models, shards):
     return [*words, *SMALL, *changes]
 
 
-@pytest.mark.parametrize("line", [line for line in commands() if "scripts/" not in line or "precompute" in line])
+@pytest.mark.parametrize("line", [line for line in commands() if BKSDM not in line and "convert_bksdm" not in line
+                                  and "_fpdm.py" not in line and "--class_labels" not in line
+                                  and ("scripts/" not in line or "precompute" in line)])  # fmt: skip
 def test_command_runs(line, workplace, models, shards):
     if line.startswith(INSTALL):
         assert "pip install -r requirements.txt -e ." in line
@@ -70,20 +86,146 @@ def test_command_runs(line, workplace, models, shards):
     if "evaluate.py" in words:
         shutil.copytree(ROOT / "assets/tiny-teacher", workplace / "outputs/quickstart", dirs_exist_ok=True)
         words += ["--samples", "50", "--seeds", "1", "--teacher_steps", "2", "--model_steps", "1"]
-    done = subprocess.run(words, cwd=workplace, env=environment(WANDB_MODE="offline"), capture_output=True, text=True)
+    run(words, workplace)
+
+
+def run(words, place):
+    done = subprocess.run(words, cwd=place, env=environment(WANDB_MODE="offline"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def bksdm_commands():
+    """The words of every command of train_bksdm_distill.py, those within sentences too."""
+    named = re.findall(rf"`(python {BKSDM}\.py [^`]+)`", README)
+    return [shlex.split(line) for line in [*commands(), *named] if f"{BKSDM}.py" in line]
+
+
+@pytest.mark.parametrize("words", bksdm_commands(), ids=" ".join)
+def test_bksdm_command_parses_as_printed(words, capsys):
+    flags = words[words.index(f"{BKSDM}.py") + 1 :]
+    if flags == ["--list_configs"]:
+        with pytest.raises(SystemExit):
+            train_bksdm_distill.parse_args(flags)
+        assert {"toy_sd_cpu", "toy_sdxl_cpu", "small_sd_xl_pokemon_blip"} <= set(capsys.readouterr().out.split())
+        return
+    args, given = train_bksdm_distill.parse_args(flags)
+    train_bksdm_distill.check_args(args)
+    assert not options.without_effect(given, train_bksdm_distill.effects(args, args.mixed_precision))
+    assert args.output_dir == f"work_dirs/{args.config}"
+
+
+@pytest.fixture(scope="module")
+def hub(workplace):
+    """The workplace with a small SDXL, a VAE and a dataset in folders of the names that are hub ids elsewhere."""
+    from brisk import tiny
+
+    pipeline = tiny.make_pipeline("sdxl")
+    pipeline.unet = tiny.make_unet("toy_xl", transformer_layers_per_block=(1, 1, 1))  # two layers per block, but shallow
+    pipeline.save_pretrained(workplace / SDXL)
+    pipeline.vae.save_pretrained(workplace / VAE)
+    images = workplace / POKEMON / "train"
+    images.mkdir(parents=True)
+    for path in (workplace / "my_images").glob("*.png"):
+        shutil.copy(path, images)
+    rows = [json.dumps({"file_name": path.name, "text": "a pokemon"}) for path in sorted(images.glob("*.png"))]
+    (images / "metadata.jsonl").write_text("\n".join(rows))
+    return workplace
+
+
+def test_smaller_sdxl_is_trained_converted_and_sampled_as_printed(hub, monkeypatch):
+    """The commands and the snippet of the section follow each other; only sizes, precision and device differ."""
+    train, convert = (next(line for line in commands() if part in line) for part in
+                      ("small_sd_xl_pokemon_blip", "convert_bksdm.py"))  # fmt: skip
+    launch, script, *flags = shlex.split(train)[1:]
+    assert (launch, script) == ("launch", f"{BKSDM}.py")
+    small = ["--max_train_steps=2", "--resolution=32", "--mixed_precision=no", "--dataloader_num_workers=0", "--report_to=none",
+             "--checkpointing_steps=2", "--validation_inference_steps=2", "--validation_steps=2"]  # fmt: skip
+    run([sys.executable, "-m", "accelerate.commands.launch", "--cpu", script, *flags, *small], hub)
+    output = hub / "work_dirs/small_sd_xl_pokemon_blip"
+    (output / "checkpoint-2").rename(output / "checkpoint-417")
+    assert (output / "validation/step-000002/student-2-steps.png").is_file()
+    monkeypatch.chdir(hub)
+    monkeypatch.setattr(sys, "argv", shlex.split(convert)[1:])
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    assert (hub / "work_dirs/converted/unet/config.json").is_file()
+    [snippet] = [block for block in blocks("python") if SDXL in block]
+    for printed, here in (("float16", "float32"), ('"cuda"', '"cpu"'), ("steps=50, height=1024, width=1024", "steps=2")):
+        assert printed in snippet
+        snippet = snippet.replace(printed, here)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert (hub / "yoda.png").is_file()
+
+
+TRAIN = "accelerate launch --config_file aconfs/1_node_1_gpu_ddp.yaml --num_processes 8 train_fpdm.py --feature_path features"
+LAYER = "--fixed_point True --deq_pre_depth {0} --deq_post_depth {0}"
+V = "--output_subdir v_pred_exp --predict_v True --use_zero_terminal_snr True"
+SAMPLE = "python sample_fpdm.py --ckpt RUN --fixed_point True --fixed_point_pre_depth 1 --fixed_point_post_depth 1 --cfg_scale 4.0"
+PUBLISHED = [
+    TRAIN, f"{TRAIN} {LAYER.format(1)}", f"{TRAIN} {LAYER.format(1)} {V}", f"{TRAIN} {LAYER.format(4)} {V}",
+    f"{SAMPLE} --num_sampling_steps 20",
+    f"{SAMPLE} --fixed_point_iters 12 --num_sampling_steps 40 --fixed_point_reuse_solution True",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory, models):
+    """A folder where imagenet/train has pictures of two classes; what the README calls ema is a small VAE."""
+    from brisk import sd_models, tiny
+
+    place = tmp_path_factory.mktemp("imagenet")
+    rng = __import__("numpy").random.default_rng(0)
+    for number in range(8):
+        path = place / f"imagenet/train/{('cat', 'dog')[number % 2]}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tiny.random_image(rng, 40, 48).save(path)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(place)
+        patched.setitem(sd_models.VAES, "ema", str(models["sd1"]))
+        yield place
+
+
+def test_fpdm_is_trained_and_sampled_as_printed(imagenet, run_fpdm, monkeypatch):
+    """The commands and the snippet of the section follow each other; only sizes, precision, launcher and device differ."""
+    from accelerate.state import AcceleratorState
+
+    precompute, *lines = [" ".join(line.split()) for line in fpdm_commands()]
+    own = [line for line in lines if "--name my-fpdm" in line]
+    assert len(own) == 1 and [line for line in lines if line not in own] == PUBLISHED
+    launch, script, *flags = shlex.split(precompute)[1:]
+    monkeypatch.setattr(sys, "argv", [script, *flags, "--resolution=32"])
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert launch == "launch" and (imagenet / "features/latents.npy").is_file()
+    small = ["--image_size=32", "--sample_size=8", "--num_classes=2", "--mixed_precision=no", "--compile=False"]
+    for line in (*PUBLISHED[:4], *own):
+        flags = shlex.split(line.split("train_fpdm.py ")[1])
+        run_fpdm("--name=", "--output_subdir=runs", *flags, *small, output=imagenet / "results")
+    folders = [path.parent.parent.name for path in imagenet.glob("results/*/*/transformer")]
+    assert sorted(folders) == ["runs", "runs", "runs", "v_pred_exp", "v_pred_exp"]
+    for line in PUBLISHED[4:]:
+        flags = shlex.split(line.replace("RUN", str(imagenet / "results/runs/my-fpdm")))[2:]
+        AcceleratorState._reset_state(True)
+        monkeypatch.setattr(sys, "argv", ["sample_fpdm.py", *flags, "--sample_index_end=2"])
+        runpy.run_path(str(ROOT / "sample_fpdm.py"), run_name="__main__")
+    AcceleratorState._reset_state(True)
+    assert len(list(imagenet.glob("samples/my-fpdm/*/0*.png"))) == 4
+    [snippet] = [block for block in blocks("python") if "FPDMPipeline" in block]
+    for printed, here in (('"cuda"', '"cpu"'), ("[207]", "[1]"), ("steps=60", "steps=3")):
+        assert printed in snippet
+        snippet = snippet.replace(printed, here)
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert (imagenet / "golden-retriever.png").is_file()
 
 
 def test_shell_scripts_named_in_the_readme_exist():
     named = re.findall(r"bash (scripts/\w+\.sh)", README)
-    assert {"scripts/quickstart.sh", "scripts/test.sh"} <= set(named)
+    assert {"scripts/quickstart.sh", "scripts/test.sh", "scripts/demo_bksdm.sh", "scripts/demo_fpdm.sh"} <= set(named)
     for name in named:
         assert subprocess.run(["bash", "-n", str(ROOT / name)]).returncode == 0
 
 
 def test_python_snippet_runs(tmp_path):
     shutil.copytree(ROOT / "assets/tiny-teacher", tmp_path / "outputs/quickstart")
-    for block in blocks("python"):
+    for block in (block for block in blocks("python") if "outputs/quickstart" in block):
         done = subprocess.run(
             [sys.executable, "-c", block], cwd=tmp_path, env=environment(), capture_output=True, text=True
         )

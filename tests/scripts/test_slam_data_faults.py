@@ -77,7 +77,7 @@ BAD_FLAGS = {
     "no value in range": (["--num_ddim_timesteps=0"], ["--num_ddim_timesteps", "0", "at least 1"]),
     "not a number": (["--train_batch_size=many"], ["--train_batch_size", "many"]),
     "not a choice": (["--loss_type=l1"], ["--loss_type", "l1", "huber"]),
-    "no data": (["--max_train_steps=1"], ["--train_shards_path_or_url", "--train_data_dir"]),
+    "no data": (["--max_train_steps=1"], ["--train_shards_path_or_url", "--train_data_dir", "--dataset_name"]),
     "two sources": (["--train_shards_path_or_url=a", "--train_data_dir=b"], ["one of", "--train_data_dir"]),
     "endless stream": (["--train_shards_path_or_url=a.tar"], ["--max_train_steps", "--max_train_samples"]),
     "no sampling steps": (["--train_data_dir=b", "--validation_num_inference_steps=0,2"],
@@ -99,6 +99,7 @@ def test_bad_command_line_is_refused_before_anything_is_imported(case):
     with pytest.raises(options.UserError) as caught:
         args, _ = script.parse_args(["--pretrained_teacher_model=teacher", *flags])
         script.check_args(args)
+        options.data_options(args)
         options.read_counts("--validation_num_inference_steps", args.validation_num_inference_steps)
         options.read_prompts(args.validation_prompts)
     assert caught.value.exit_code == 2

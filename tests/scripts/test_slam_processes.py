@@ -20,11 +20,11 @@ FLAGS = (f"--max_train_steps={STEPS}", "--checkpointing_steps=2", "--resume_from
 DRIVER = '''
 import hashlib, json, os, signal
 import train_splam_distill_sd_wds as script
-from brisk import optim, options, runlog, sd_models
+from brisk import optim, options, runlog, sd_inputs, sd_models
 
 rank, notes = int(os.environ["RANK"]), {"times": [], "inputs": [], "weights": [], "images": []}
 main, predict, update = script.main, sd_models.predict, optim.EMA.update
-flush, encode = runlog.RunLog.flush, sd_models.latent_moments
+flush, encode = runlog.RunLog.flush, sd_inputs.latent_moments
 
 
 def digest(tensors):
@@ -65,7 +65,7 @@ def noting_main(argv=None):
 
 
 sd_models.predict, optim.EMA.update, script.main = noting_predict, noting_update, noting_main
-sd_models.latent_moments, runlog.RunLog.flush = noting_encode, stopping_flush
+sd_inputs.latent_moments, runlog.RunLog.flush = noting_encode, stopping_flush
 '''
 
 
@@ -227,7 +227,8 @@ def test_processes_that_do_not_know_of_each_other_are_refused(run_main, monkeypa
 
 CONFIGS = {
     "single_cpu": ("NO", 1, True), "two_cpu": ("MULTI_GPU", 2, True), "single_gpu": ("NO", 1, False),
-    "multi_gpu": ("MULTI_GPU", 2, False), "fsdp": ("FSDP", 2, False), "deepspeed_zero2": ("DEEPSPEED", 2, False),
+    "multi_gpu": ("MULTI_GPU", 2, False), "1_node_1_gpu_ddp": ("MULTI_GPU", 1, False), "fsdp": ("FSDP", 2, False),
+    "deepspeed_zero2": ("DEEPSPEED", 2, False),
 }  # fmt: skip
 
 

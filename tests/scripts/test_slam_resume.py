@@ -248,7 +248,7 @@ def test_checkpoint_can_lie_outside_the_output_folder(run_main, unbroken, tmp_pa
     (("--resume_from_checkpoint={}/checkpoint-6", "--num_ddim_timesteps=10"), ("num_ddim_timesteps", "50", "10")),
     (("--resume_from_checkpoint={}/checkpoint-6", "--use_lora"), ("use_lora",)),
     (("--resume_from_checkpoint={}/checkpoint-6", "--prediction_type=sample"), ("prediction_type", "sample")),
-    (("--resume_from_checkpoint={}/checkpoint-6", "--unet_time_cond_proj_dim=8"), ("checkpoint-6", "cond_proj_dim")),
+    (("--resume_from_checkpoint={}/checkpoint-6", "--unet_time_cond_proj_dim=8"), ("checkpoint-6", "cond_proj.weight", "flags")),
 ))  # fmt: skip
 def test_checkpoint_that_does_not_fit_is_one_clear_sentence(flags, words, run_main, unbroken, tmp_path):
     given = [flag.format(unbroken().output) for flag in flags]
@@ -282,3 +282,27 @@ def test_other_adapters_than_the_checkpoints_are_refused(run_main, unbroken, tmp
     for flag in ("--lora_rank=8", "--lora_target_modules=to_q,to_k", "--lora_ema"):
         with pytest.raises(options.UserError, match="checkpoint-6 do not fit this run"):
             run_main(*FLAGS, "--use_lora", flag, f"--resume_from_checkpoint={source}", output=tmp_path / "out")
+
+
+def test_options_that_differ_from_the_checkpoints_are_logged(run_main, unbroken, tmp_path):
+    source = unbroken().output / "checkpoint-6"
+    flags = (*FLAGS[:2], *FLAGS[3:], f"--resume_from_checkpoint={source}")
+    same = run_main(*flags, output=tmp_path / "same")
+    assert "Resuming from" in same.log and "the checkpoint had" not in same.log
+    run = run_main(*flags, "--learning_rate=0.5", "--loss_type=huber", "--log_every=2", output=tmp_path / "changed")
+    assert "--loss_type is huber, the checkpoint had l2." in run.log
+    assert "--learning_rate is 0.5, the checkpoint had 0.01; the checkpoint's optimizer keeps it." in run.log
+    assert run.log.count("the checkpoint had") == 2, "how often it logs may change"
+    assert [row["step"] for row in run.rows] == [8, 10]
+    assert [row["lr"] for row in run.rows] == [same.rows[1]["lr"], same.rows[3]["lr"]], "it does keep it"
+    assert run.rows[0]["loss"] != same.rows[1]["loss"]
+
+
+def test_checkpoint_that_does_not_know_its_options_is_gone_on_from(run_main, unbroken, tmp_path):
+    source = tmp_path / "checkpoint-6"
+    shutil.copytree(unbroken().output / "checkpoint-6", source)
+    state = json.loads((source / "trainer_state.json").read_text())
+    assert state.pop("options")["learning_rate"] == 0.01
+    (source / "trainer_state.json").write_text(json.dumps(state))
+    run = run_main(*FLAGS[:2], *FLAGS[3:], f"--resume_from_checkpoint={source}", "--loss_type=huber", output=tmp_path / "out")
+    assert [row["step"] for row in run.rows] == [7, 8, 9, 10] and "the checkpoint had" not in run.log

@@ -77,7 +77,7 @@ def test_metrics_rows_have_the_documented_fields(run_main):
     assert [row["step"] for row in run.rows] == [2, 4, 5], "the last step is always logged"
     for row in run.rows:
         assert {"step", "images", "loss", "grad_norm", "lr", "images_per_second", "data_wait_share", "peak_memory_gib",
-                "skipped_steps"} == set(row)  # fmt: skip
+                "skipped_steps", "steps_per_sec"} == set(row)  # fmt: skip
         assert row["images"] == row["step"] * 4 and 0 <= row["data_wait_share"] <= 1
         assert row["loss"] > 0 and row["grad_norm"] > 0 and row["images_per_second"] > 0 and row["peak_memory_gib"] > 0
 

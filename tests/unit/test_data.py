@@ -14,7 +14,7 @@ import torch
 
 from brisk import data
 from brisk.options import UserError
-from brisk.samples import Skip
+from brisk.samples import FolderRows, Skip
 
 pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")]
 
@@ -74,7 +74,7 @@ def shards_of(urls, position=None, rank=0, seed=3, batch=4, shuffle=10, **settin
 
 
 def folder_of(files, position=None, rank=0, world=1, seed=3, batch=4):
-    return data.FolderBatches(files, decode_pixel, batch, seed, rank, world, position or data.start_position())
+    return data.FolderBatches(FolderRows(files), decode_pixel, batch, seed, rank, world, position or data.start_position())
 
 
 OPENED = []
@@ -89,8 +89,9 @@ def end_the_workers():
     OPENED.clear()
 
 
-def stream(dataset, workers=0, world=1, say=None):
-    made = data.TrainingBatches(dataset, workers, False, dataset.batch_size * world, say or (lambda message: None))
+def stream(dataset, workers=0, world=1, say=None, **settings):
+    say = say or (lambda message: None)
+    made = data.TrainingBatches(dataset, workers, False, dataset.batch_size * world, say, **settings)
     OPENED.append(made.batches)
     return made
 
@@ -218,36 +219,6 @@ def test_shards_of_another_origin_are_refused(tmp_path):
         data.read_first_manifest([write_tar(tmp_path / "a.tar", [("a.txt", b"1")])])
     with pytest.raises(UserError, match="cannot be read"):
         data.read_first_manifest([str(tmp_path / "missing.tar")])
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_no_usable_sample_stops_naming_the_reasons(tmp_path, workers, monkeypatch):
-    monkeypatch.setattr(data, "HOPELESS", 50)
-    url = write_tar(tmp_path / "a.tar", [(f"{n}.txt", b"bad") for n in range(10)])
-    with pytest.raises(UserError, match="0 of 50 samples usable: 50 x bad sample"):
-        next(stream(shards_of([url]), workers))
-    (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(UserError, match="0 of 50 samples usable: 50 x unreadable image"):
-        next(stream(folder_of([(tmp_path / "a.png", "x")]), workers))
-
-
-def test_bad_samples_are_skipped_and_counted(tmp_path):
-    members = [(f"{n}.txt", b"bad" if n % 3 == 0 else str(n).encode()) for n in range(30)]
-    batches = stream(shards_of([write_tar(tmp_path / "a.tar", members)], batch=5))
-    seen = [n for batch in ids(batches, 4) for n in batch]
-    assert sorted(seen) == [n for n in range(30) if n % 3]
-    assert 9 <= batches.skipped["bad sample"] <= 10
-
-
-def test_bad_files_of_a_folder_are_replaced_and_counted(tmp_path):
-    files = number_folder(tmp_path, 12)
-    for n in (2, 7):
-        files[n][0].write_bytes(b"")
-    batches = stream(folder_of(files, batch=4))
-    seen = {n for batch in ids(batches, 9) for n in batch}
-    assert seen == set(range(12)) - {2, 7}
-    assert batches.skipped["unreadable image"] >= 4
-    assert batches.position["samples"] == 36
 
 
 def test_a_folder_gives_every_file_once_per_epoch_in_new_orders(tmp_path):

@@ -102,10 +102,14 @@ def test_average_state_round_trip_is_exact(dtype):
         assert torch.equal(mine, theirs)
 
 
-def adamw(parameters, **settings):
+def make(name, parameters, **settings):
     arguments = {"learning_rate": 0.1, "betas": (0.9, 0.999), "weight_decay": 0.01, "epsilon": 1e-8,
-                 "use_8bit_adam": False, "device": torch.device("cpu"), "warn": pytest.fail}  # fmt: skip
-    return optim.create_optimizer(list(parameters), **{**arguments, **settings})
+                 "device": torch.device("cpu"), "warn": pytest.fail}  # fmt: skip
+    return optim.create_optimizer(name, list(parameters), **{**arguments, **settings})
+
+
+def adamw(parameters):
+    return make("adamw", parameters)
 
 
 def test_optimizer_is_adamw_and_its_fused_form_equals_the_plain_one():
@@ -128,10 +132,23 @@ def test_optimizer_is_adamw_and_its_fused_form_equals_the_plain_one():
 def test_8bit_adam_where_bitsandbytes_is_missing(monkeypatch):
     monkeypatch.setattr(optim.importlib.util, "find_spec", lambda name: None)
     said = []
-    made = adamw(network().parameters(), use_8bit_adam=True, warn=said.append)
+    made = make("adamw8bit", network().parameters(), warn=said.append)
     assert type(made) is torch.optim.AdamW and len(said) == 1 and "pip install bitsandbytes" in said[0]
     with pytest.raises(UserError, match="pip install bitsandbytes"):
-        adamw(network().parameters(), use_8bit_adam=True, device=torch.device("cuda"))
+        make("adamw8bit", network().parameters(), device=torch.device("cuda"))
+
+
+def test_adafactor_takes_the_given_rate_without_a_schedule_of_its_own():
+    module = network()
+    before, optimizer = values(module), make("adafactor", module.parameters(), learning_rate=0.01)
+    assert (optimizer.defaults["relative_step"], optimizer.defaults["scale_parameter"]) == (False, False)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optim.step_if_finite(optimizer, torch.tensor(False))
+    assert all(torch.equal(a, b) for a, b in zip(before, values(module), strict=True))
+    optim.step_if_finite(optimizer, torch.tensor(True))
+    moved = torch.cat([(a - b).flatten() for a, b in zip(before, values(module), strict=True)])
+    assert moved.min() > 0 and moved.max() <= 0.0111, "a first step of about the rate"
 
 
 def everything(module, optimizer):

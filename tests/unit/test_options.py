@@ -160,6 +160,7 @@ def test_ranges_include_and_exclude_their_ends():
 def test_published_command_line_parses_unchanged():
     args, given = script.parse_args(PUBLISHED)
     script.check_args(args)
+    options.data_options(args)
     wanted = {
         "mixed_precision": "fp16", "learning_rate": 8e-6, "loss_type": "huber", "ema_decay": 0.95, "push_to_hub": True,
         "adam_weight_decay": 0.0, "max_train_steps": 1000, "max_train_samples": 4_000_000, "dataloader_num_workers": 8,
@@ -180,14 +181,23 @@ def test_contradictions_are_refused():
         ([TEACHER], "give one of"),
         ([TEACHER, shards, "--train_data_dir=d"], "give one of"),
         ([TEACHER, shards], "endless stream"),
+        ([TEACHER, "--dataset_name=n", "--train_data_dir=d"], "give one of .*--dataset_name"),
+        ([TEACHER, "--dataset_name=n", "--precomputed_shards=a", "--dry_run"], "give one of"),
+        ([TEACHER, "--cached_latents=a"], "endless stream"),
         ([TEACHER, "--train_data_dir=d", "--wds_max_pwatermark=0.5"], "wds_max_pwatermark"),
+        ([TEACHER, "--dataset_name=n", "--wds_max_pwatermark=0.5"], "wds_max_pwatermark"),
         ([TEACHER, "--train_data_dir=d", "--gamma_min=1"], "out of range"),
         ([], "pretrained_teacher_model"),
     ):
         with pytest.raises(UserError, match=message):
-            script.check_args(script.parse_args(argv)[0])
-    script.check_args(script.parse_args([TEACHER, "--dry_run"])[0])
-    script.check_args(script.parse_args([TEACHER, shards, "--max_train_samples=10"])[0])
+            args = script.parse_args(argv)[0]
+            script.check_args(args)
+            options.data_options(args)
+    for fine in (["--dry_run"], [shards, "--max_train_samples=10"], ["--precomputed_shards=a", "--max_train_steps=1"],
+                 ["--dataset_name=n"], ["--train_data_dir=d"], [shards, "--dry_run"]):  # fmt: skip
+        args = script.parse_args([TEACHER, *fine])[0]
+        script.check_args(args)
+        assert options.data_options(args).precomputed_shards == args.precomputed_shards
 
 
 def test_flags_without_effect_are_named():
@@ -203,6 +213,14 @@ def test_flags_without_effect_are_named():
     )
     named = " ".join(options.without_effect(given, script.effects(args, "no")))
     assert "--random_flip" in named and "--ema_decay" in named and "--use_lora has" not in named
+    columns = ["--dataset_config_name=c", "--image_column=i", "--caption_column=t"]
+    for source, wanted in (
+        ("--dataset_name=n", []), ("--train_data_dir=d", ["dataset_config_name"]),
+        ("--train_shards_path_or_url=a", ["caption_column", "dataset_config_name", "image_column"]),
+    ):  # fmt: skip
+        args, given = script.parse_args([TEACHER, source, *columns])
+        named = [sentence.split()[0] for sentence in options.without_effect(given, script.effects(args, "no"))]
+        assert sorted(named) == [f"--{name}" for name in wanted]
 
 
 def test_every_declared_flag_is_read(root):
@@ -219,12 +237,17 @@ def test_every_declared_flag_is_read(root):
         script.parse_args([TEACHER])
     finally:
         options.parse = patched
-    tree = ast.parse((root / "train_splam_distill_sd_wds.py").read_text())
-    read = {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
-    }
+    def read_of(path, variable):
+        """The attributes of `variable` that a file reads."""
+        return {
+            node.attr
+            for node in ast.walk(ast.parse((root / path).read_text()))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == variable
+        }
+
+    data_flags = read_of("brisk/sources.py", "wanted") | read_of("train_splam_distill_sd_wds.py", "wanted")
+    assert data_flags <= set(options.DataOptions._fields)
+    read = read_of("train_splam_distill_sd_wds.py", "args") | data_flags
     declared = {a.dest for a in parser[0]._actions if a.dest not in ("help", "config")}
     exempt = {a.dest for a in parser[0]._actions if re.match("accepted", a.help or "")}
     assert len(declared) > 70

@@ -2,8 +2,10 @@
 
 import io
 import json
+import math
 import struct
 import zlib
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -33,7 +35,7 @@ def encoded(image, kind="PNG", **save):
 
 
 def tokenize(text):
-    return [torch.tensor([len(text), 7])]
+    return {"input_ids_0": torch.tensor([len(text), 7])}
 
 
 def decoder(**settings):
@@ -77,83 +79,38 @@ def test_a_caption_list_is_drawn_from_at_random():
     assert samples.caption_of(fields, samples.metadata_of(fields), rng(3)) == drawn[3]
 
 
-def folder_of(tmp_path, *names):
-    for name in names:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture().save(path)
-    return tmp_path
-
-
-def test_folder_with_jsonl_csv_and_sidecar_captions(tmp_path):
-    folder = folder_of(tmp_path, "a.png", "b.jpg", "sub/c.png", "sub/d.PNG", "e.png")
-    (folder / "metadata.jsonl").write_text(
-        '{"file_name": "a.png", "text": "one"}\n\n{"file_name": "b.jpg", "caption": "two"}\n'
-    )
-    (folder / "sub/metadata.csv").write_text('file_name,text\nc.png,"three, with a comma"\n')
-    (folder / "sub/d.txt").write_text("four\n")
-    listed = [(path.name, caption) for path, caption in samples.list_folder(folder)]
-    assert listed == [
-        ("a.png", "one"),
-        ("b.jpg", "two"),
-        ("e.png", None),
-        ("c.png", "three, with a comma"),
-        ("d.PNG", "four"),
-    ]
-
-
-def test_folder_captions_with_line_separators_newlines_and_a_byte_order_mark(tmp_path):
-    folder = folder_of(tmp_path, "a.png", "b.png", "sub/c.png")
-    rows = [{"file_name": "a.png", "text": "one\u2028two\u0085three"}, {"file_name": "b.png", "text": "x\ny"}]
-    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8")
-    (folder / "sub/metadata.csv").write_text('file_name,text\nc.png,"first\nsecond"\n', encoding="utf-8-sig")
-    captions = dict((path.name, caption) for path, caption in samples.list_folder(folder))
-    assert captions == {"a.png": "one\u2028two\u0085three", "b.png": "x\ny", "c.png": "first\nsecond"}
-
-
 @pytest.mark.parametrize(
-    "name, content",
+    "size, expected",
     [
-        ("metadata.jsonl", "{"), ("metadata.jsonl", '{"text": "x"}'), ("metadata.jsonl", "3"),
-        ("metadata.jsonl", '{"file_name": "a.png", "text": 5}'), ("metadata.csv", "name,text\na.png,x\n"),
-        ("metadata.jsonl", '{"file_name": ["a.png"], "text": "x"}'),
+        ((60, 40), (24, 16)), ((40, 60), (16, 24)), ((33, 33), (16, 16)), ((10, 25), (16, 40)),
+        ((48, 40), (19, 16)), ((40, 47), (16, 18)),  # 19.2 and 18.8: down, not to the nearest
+        ((5, 1), (80, 16)), ((31, 16), (31, 16)), ((3000, 2001), (23, 16)),
     ],
+    ids=str,
 )  # fmt: skip
-def test_broken_metadata_is_one_sentence_naming_the_file(tmp_path, name, content):
-    folder = folder_of(tmp_path, "a.png")
-    (folder / name).write_text(content)
-    with pytest.raises(UserError, match=name):
-        samples.list_folder(folder)
+def test_the_longer_side_is_cut_to_whole_pixels_and_the_shorter_one_is_the_resolution(size, expected):
+    assert samples.scaled_size(*size, 16) == expected
 
 
-def test_useless_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match="is not a folder"):
-        samples.list_folder(tmp_path / "none")
-    with pytest.raises(UserError, match="holds no images"):
-        samples.list_folder(tmp_path)
-    with pytest.raises(UserError, match="1 images and no caption"):
-        samples.list_folder(folder_of(tmp_path, "a.png"))
-
-
-def test_a_vanished_file_is_skipped(tmp_path):
-    with pytest.raises(Skip, match="unreadable image"):
-        samples.read_file_sample(tmp_path / "gone.png", "x")
+def test_scaled_sizes_are_those_of_exact_division():
+    for width, height in np.random.default_rng(0).integers(1, 3000, (500, 2)).tolist():
+        found = samples.scaled_size(width, height, 512)
+        exact = [Fraction(side * 512, min(width, height)) for side in (width, height)]
+        assert found == tuple(math.floor(side) for side in exact) and min(found) == 512
 
 
 @pytest.mark.parametrize("interpolation", samples.INTERPOLATIONS)
 @pytest.mark.parametrize("size", [(60, 40), (40, 60), (33, 33), (16, 16), (10, 25)], ids=str)
 def test_resize_and_crop_equals_resize_then_crop(interpolation, size):
     image, resolution = picture(*size), 16
-    width, height = size
-    scale = resolution / min(size)
-    scaled = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+    scaled = samples.scaled_size(*size, resolution)
     for seed in range(3):
         found, (top, left) = samples.resize_and_crop(image, resolution, interpolation, False, rng(seed))
         whole = image.resize(scaled, getattr(Image.Resampling, interpolation.upper()))
         expected = np.asarray(whole.crop((left, top, left + resolution, top + resolution)))
-        assert found.dtype == torch.uint8 and found.shape == (3, resolution, resolution)
+        assert found.mode == "RGB" and found.size == (resolution, resolution)
         assert 0 <= top <= scaled[1] - resolution and 0 <= left <= scaled[0] - resolution
-        difference = abs(found.permute(1, 2, 0).numpy().astype(int) - expected.astype(int))
+        difference = abs(np.asarray(found).astype(int) - expected.astype(int))
         # Pillow rounds and clips between its two passes, and at other places when it cuts first
         assert difference.max() <= 8 and difference.mean() < 0.5
 
@@ -164,15 +121,29 @@ def test_random_crops_reach_both_edges_and_the_centre_crop_is_central():
     assert lefts == set(range(17))
     assert samples.resize_and_crop(image, 16, "bilinear", True, rng())[1] == (0, 8)
     assert samples.resize_and_crop(picture(16, 48), 16, "bilinear", True, rng())[1] == (16, 0)
+    assert samples.resize_and_crop(picture(40, 47), 16, "bilinear", True, rng())[1] == (1, 0), "of 16 x 18, not 16 x 19"
 
 
 def test_flip_mirrors_about_half_of_the_samples():
     image = picture(48, 32)
-    plain = decoder(center_crop=True)(raw(image), rng())["pixels"].int()
-    outcomes = [decoder(center_crop=True, random_flip=True)(raw(image), rng(n))["pixels"].int() for n in range(40)]
-    same, mirrored = (torch.stack([(o - p).abs().max() for o in outcomes]) <= 2 for p in (plain, plain.flip(2)))
-    assert (same ^ mirrored).all(), "one or the other"
-    assert 8 < mirrored.sum() < 32
+    plain = decoder(center_crop=True)(raw(image), rng())["pixels"]
+    outcomes = [decoder(center_crop=True, random_flip=True)(raw(image), rng(n)) for n in range(40)]
+    flips = [bool(sample["flipped"]) for sample in outcomes]
+    for sample, flipped in zip(outcomes, flips, strict=True):
+        assert torch.equal(sample["pixels"], plain.flip(2) if flipped else plain)
+        assert sample["flipped"].dtype == torch.bool
+    assert not torch.equal(plain, plain.flip(2)) and 8 < sum(flips) < 32
+    assert not any(decoder()(raw(image), rng(n))["flipped"] for n in range(10)), "not without the flag"
+
+
+def test_the_flip_is_drawn_after_the_crop():
+    """The same seed cuts the same square with and without it."""
+    image = picture(64, 16)
+    for seed in range(12):
+        plain, other = (decoder(random_flip=flip)(raw(image), rng(seed)) for flip in (False, True))
+        left, mirrored = plain["crop_top_left"][1].item(), other["flipped"]
+        assert torch.equal(other["pixels"], plain["pixels"].flip(2) if mirrored else plain["pixels"])
+        assert other["crop_top_left"].tolist() == [0, 64 - 16 - left if mirrored else left]
 
 
 def test_crop_offset_of_a_flipped_image_is_counted_in_the_flipped_image():
@@ -183,9 +154,16 @@ def test_crop_offset_of_a_flipped_image_is_counted_in_the_flipped_image():
         sample = decoder(random_flip=True)(raw(image), rng(seed))
         left, found = sample["crop_top_left"][1].item(), sample["pixels"].permute(1, 2, 0).numpy()
         matches = [np.array_equal(found, side[:, left : left + 16]) for side in (whole, whole[:, ::-1])]
-        assert sum(matches) == 1
+        assert matches == [not sample["flipped"], sample["flipped"]]
         flips += matches[1]
     assert 0 < flips < 12
+
+
+def test_crop_offset_of_a_flipped_image_is_in_pixels_of_the_scaled_image():
+    flipped = [s for s in (decoder(random_flip=True, center_crop=True)(raw(picture(40, 33)), rng(n)) for n in range(9))
+               if s["flipped"]]  # fmt: skip
+    assert flipped, "scaled to 19 x 16, the square starts at round(1.5) = 2, one pixel is left on the other side"
+    assert all(sample["crop_top_left"].tolist() == [0, 1] for sample in flipped)
 
 
 def test_decoded_sample_holds_pixels_tokens_and_sizes():
@@ -194,6 +172,8 @@ def test_decoded_sample_holds_pixels_tokens_and_sizes():
     assert sample["input_ids_0"].tolist() == [len("a caption"), 7]
     assert sample["original_size"].tolist() == [32, 64], "height before width"
     assert sample["crop_top_left"].tolist() == [0, 8], "in pixels of the resized image"
+    assert set(sample) == {"pixels", "input_ids_0", "original_size", "crop_top_left", "flipped", "empty"}
+    assert not sample["empty"] and sample["empty"].dtype == torch.bool
 
 
 @pytest.mark.parametrize(
@@ -253,9 +233,36 @@ def test_minimum_size_looks_at_the_original_size():
 
 
 def test_empty_prompt_share():
-    lengths = [decoder(proportion_empty_prompts=0.25)(raw(), rng(seed))["input_ids_0"][0].item() for seed in range(200)]
-    assert set(lengths) == {0, len("a caption")} and 25 < lengths.count(0) < 75
-    assert all(decoder(proportion_empty_prompts=1.0)(raw(), rng(s))["input_ids_0"][0] == 0 for s in range(5))
+    dropped = [decoder(proportion_empty_prompts=0.25)(raw(), rng(seed)) for seed in range(200)]
+    assert 25 < sum(bool(sample["empty"]) for sample in dropped) < 75
+    assert all(sample["input_ids_0"][0] == len("a caption") for sample in dropped), "the flag alone says so"
+    assert all(decoder(proportion_empty_prompts=1.0)(raw(), rng(s))["empty"] for s in range(5))
+    assert not any(decoder()(raw(), rng(seed))["empty"] for seed in range(50))
+
+
+def both_decoders(**settings):
+    return [(decoder(**settings), raw()), (samples.CachedLatents(tokenize, **settings), cached())]
+
+
+def test_an_extra_prompt_is_drawn_for_each_sample_beside_its_own():
+    prompts = ["a", "bb", "ccc"]
+    for decode, sample in both_decoders(extra_prompts=prompts):
+        found = [decode(sample, rng(seed)) for seed in range(60)]
+        assert {one["extra_input_ids_0"][0].item() for one in found} == {1, 2, 3}
+        assert all(one["input_ids_0"][0] == len("a caption") for one in found if "input_ids_0" in one)
+        assert torch.equal(decode(sample, rng(3))["extra_input_ids_0"], found[3]["extra_input_ids_0"])
+
+
+def test_without_extra_prompts_a_sample_has_none_and_its_draws_are_the_same():
+    for nothing in (None, []):
+        for (decode, sample), (more, _) in zip(
+            both_decoders(extra_prompts=nothing, proportion_empty_prompts=0.5),
+            both_decoders(extra_prompts=["a", "b"], proportion_empty_prompts=0.5), strict=True,
+        ):  # fmt: skip
+            for seed in range(10):
+                plain, other = decode(sample, rng(seed)), more(sample, rng(seed))
+                assert set(other) - set(plain) == {"extra_input_ids_0"} and not set(plain) - set(other)
+                assert all(torch.equal(plain[name], other[name]) for name in plain)
 
 
 @pytest.mark.parametrize(
@@ -338,13 +345,13 @@ def cached(**changes):
 
 
 def test_cached_latents_are_read_back():
-    decode = samples.CachedLatents(MANIFEST, 0.0)
+    decode = samples.CachedLatents(tokenize, 0.0)
     sample = decode(cached(), rng())
     assert set(sample) == {"moments", "prompt_embeds", "empty"} and not sample["empty"]
     assert sample["moments"].shape == (2, 4, 2, 2) and sample["moments"].dtype == torch.float16
     xl = {"pooled.npy": array(np.ones(3, np.float16)), "time_ids.npy": array(np.arange(6))}
     assert decode(cached(**xl), rng())["time_ids"].tolist() == [0, 1, 2, 3, 4, 5]
-    hidden = [samples.CachedLatents(MANIFEST, 0.5)(cached(), rng(seed))["empty"].item() for seed in range(60)]
+    hidden = [samples.CachedLatents(tokenize, 0.5)(cached(), rng(seed))["empty"].item() for seed in range(60)]
     assert 15 < sum(hidden) < 45
 
 
@@ -357,7 +364,7 @@ def test_cached_latents_are_read_back():
 )  # fmt: skip
 def test_broken_arrays_are_skipped(changes):
     with pytest.raises(Skip, match="unreadable array"):
-        samples.CachedLatents(MANIFEST)(cached(**changes), rng())
+        samples.CachedLatents(tokenize)(cached(**changes), rng())
 
 
 class Trap:
@@ -373,17 +380,33 @@ class Trap:
 def test_no_pickle_in_an_array_is_run(tmp_path):
     trap = array(np.array([Trap(str(tmp_path / "sprung"))], dtype=object))
     with pytest.raises(Skip, match="unreadable array"):
-        samples.CachedLatents(MANIFEST)(cached(**{"latent.npy": trap}), rng())
+        samples.CachedLatents(tokenize)(cached(**{"latent.npy": trap}), rng())
     assert not (tmp_path / "sprung").exists()
     np.load(io.BytesIO(trap), allow_pickle=True)
     assert (tmp_path / "sprung").exists(), "the trap itself works"
 
 
-def test_an_incomplete_cached_sample_is_skipped():
+@pytest.mark.parametrize("missing", ["prompt.npy", "latent.npy"])
+def test_an_incomplete_cached_sample_is_skipped(missing):
     incomplete = cached()
-    del incomplete["prompt.npy"]
+    del incomplete[missing]
     with pytest.raises(Skip, match="no latent or no prompt"):
-        samples.CachedLatents(MANIFEST)(incomplete, rng())
+        samples.CachedLatents(tokenize)(incomplete, rng())
+
+
+def test_a_cached_caption_without_embeddings_is_tokenized():
+    captions = cached(txt="Größe".encode())
+    stored = samples.CachedLatents(tokenize)(captions, rng())
+    assert "input_ids_0" not in stored and "prompt_embeds" in stored, "embeddings are used where they are stored"
+    del captions["prompt.npy"]
+    found = samples.CachedLatents(tokenize)(captions, rng())
+    assert set(found) == {"moments", "input_ids_0", "empty"} and found["input_ids_0"].tolist() == [5, 7]
+    hidden = [samples.CachedLatents(tokenize, 0.5)(captions, rng(seed)) for seed in range(60)]
+    assert 15 < sum(sample["empty"].item() for sample in hidden) < 45
+    assert all(sample["input_ids_0"][0] == 5 for sample in hidden)
+    del captions["latent.npy"]
+    with pytest.raises(Skip, match="no latent or no prompt"):
+        samples.CachedLatents(tokenize)(captions, rng())
 
 
 def test_stale_manifests_are_refused_with_what_differs():

@@ -55,3 +55,23 @@ def test_conversion_recovers_sample_and_noise(kind):
     torch.testing.assert_close(found, (x0, eps), atol=1e-6, rtol=1e-6)
     with pytest.raises(ValueError, match="flow"):
         schedules.to_x0_eps(raw, x0, a, s, "flow")
+
+
+@pytest.mark.parametrize("kind", schedules.PREDICTION_TYPES)
+def test_target_is_the_output_that_stands_for_the_true_sample_and_noise(kind):
+    x0, eps = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(1)).double().chunk(2)
+    a, s = schedules.signal_and_noise(torch.tensor([0.36, 0.9]).double(), x0)
+    target = schedules.prediction_target(x0, eps, a, s, kind)
+    torch.testing.assert_close(schedules.to_x0_eps(target, a * x0 + s * eps, a, s, kind), (x0, eps), atol=1e-9, rtol=1e-9)
+    with pytest.raises(ValueError, match="flow.*epsilon, v_prediction, sample"):
+        schedules.prediction_target(x0, eps, a, s, "flow")
+
+
+def test_velocity_target_is_that_of_the_stock_scheduler():
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    x0, eps = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(2)).chunk(2)
+    times = torch.tensor([0, 400, 999])
+    a, s = schedules.signal_and_noise(ABAR[times], x0)
+    found = schedules.prediction_target(x0, eps, a, s, "v_prediction")
+    torch.testing.assert_close(found, scheduler.get_velocity(x0, eps, times))
+    torch.testing.assert_close(a * x0 + s * eps, scheduler.add_noise(x0, eps, times))

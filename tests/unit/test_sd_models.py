@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from brisk import sd_export, sd_models, tiny
+from brisk import macs, network_files, sd_export, sd_inputs, sd_models, tiny
 from brisk.options import UserError
 
 pytestmark = pytest.mark.quick
@@ -142,11 +142,12 @@ def test_another_vae_is_loaded_from_its_root_or_from_a_pipeline(saved, tmp_path)
 def test_prompts_are_encoded_as_the_stock_pipeline_does(saved, loaded, family):
     parts, pipe = loaded[family], DiffusionPipeline.from_pretrained(saved / family)
     prompts = ["a red square", "x" * 60]  # the second one is longer than the context
-    rows = [sd_models.Tokenize(parts.tokenizers)(prompt) for prompt in prompts]
-    ids = [torch.stack(column) for column in zip(*rows, strict=True)]
-    embeddings, pooled = sd_models.encode_prompts(parts, ids)
-    blank = sd_models.encode_blank(parts, "cpu")
-    uncond = sd_models.unconditional(parts, blank)
+    rows = [sd_inputs.Tokenize(parts.tokenizers)(prompt) for prompt in prompts]
+    ids = [torch.stack([row[name] for row in rows]) for name in rows[0]]
+    assert list(rows[0]) == [f"input_ids_{number}" for number in range(len(ids))]
+    embeddings, pooled = sd_inputs.encode_prompts(parts, ids)
+    blank = sd_inputs.encode_blank(parts, "cpu")
+    uncond = sd_inputs.unconditional(parts, blank)
     if family == "sdxl":
         cond, zeros, cond_pooled, zeros_pooled = pipe.encode_prompt(
             prompts, device="cpu", do_classifier_free_guidance=True
@@ -156,7 +157,7 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(saved, loaded, family):
             uncond[1].expand_as(zeros_pooled), zeros_pooled
         )
         assert uncond[0].abs().max() == 0 and blank[0].abs().max() > 0
-        encoded = sd_models.unconditional(parts._replace(zeros_for_empty=False), blank)
+        encoded = sd_inputs.unconditional(parts._replace(zeros_for_empty=False), blank)
         assert torch.equal(encoded[0], blank[0])
     else:
         cond, zeros = pipe.encode_prompt(prompts, "cpu", 1, True)
@@ -166,14 +167,16 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(saved, loaded, family):
 
 
 def test_tokenizer_can_be_sent_to_loader_workers(loaded):
-    tokenize = sd_models.Tokenize(loaded["sdxl"].tokenizers)
+    tokenize = sd_inputs.Tokenize(loaded["sdxl"].tokenizers)
     again = pickle.loads(pickle.dumps(tokenize))
-    assert [row.tolist() for row in again("a cat")] == [row.tolist() for row in tokenize("a cat")]
+    found, wanted = again("a cat"), tokenize("a cat")
+    assert list(found) == ["input_ids_0", "input_ids_1"] == list(wanted)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_size_conditions_are_in_the_order_of_the_stock_pipeline(saved):
     original, crop = torch.tensor([[30, 40], [50, 60]]), torch.tensor([[1, 2], [3, 4]])
-    ours = sd_models.time_ids(original, crop, 32)
+    ours = sd_inputs.time_ids(original, crop, 32)
     assert ours.tolist() == [[30, 40, 1, 2, 32, 32], [50, 60, 3, 4, 32, 32]]
     pipe = DiffusionPipeline.from_pretrained(saved / "sdxl")
     theirs = pipe._get_add_time_ids(
@@ -187,32 +190,32 @@ def test_conditions_are_repeated_and_stacked(loaded):
     one = (torch.ones(1, 3, 4), torch.ones(1, 5))
     many = (torch.zeros(2, 3, 4), torch.zeros(2, 5))
     sizes = torch.arange(12).view(2, 6)
-    joined = sd_models.stack_conditions(
-        sd_models.condition(parts, many, sizes, 2), sd_models.condition(parts, one, sizes[:1], 2)
+    joined = sd_inputs.stack_conditions(
+        sd_inputs.condition(parts, many, sizes, 2), sd_inputs.condition(parts, one, sizes[:1], 2)
     )
     assert joined["encoder_hidden_states"].shape == (4, 3, 4) and joined["encoder_hidden_states"][2:].min() == 1
     assert joined["added_cond_kwargs"]["time_ids"][:, 0].tolist() == [0, 6, 0, 0]
     assert joined["added_cond_kwargs"]["text_embeds"].sum(1).tolist() == [0, 0, 5, 5]
-    plain = sd_models.condition(loaded["sd1"], (many[0], None), None, 2)
-    assert set(plain) == {"encoder_hidden_states"} == set(sd_models.stack_conditions(plain, plain))
+    plain = sd_inputs.condition(loaded["sd1"], (many[0], None), None, 2)
+    assert set(plain) == {"encoder_hidden_states"} == set(sd_inputs.stack_conditions(plain, plain))
 
 
 def encode(parts, batch, seed=0, chunk=8):
-    blank = sd_models.encode_blank(parts, "cpu")
+    blank = sd_inputs.encode_blank(parts, "cpu")
     draw = torch.Generator().manual_seed(seed)
-    return sd_models.encode_batch(parts, batch, blank, draw, 32, chunk, torch.enable_grad())
+    return sd_inputs.encode_batch(parts, batch, blank, draw, 32, chunk, torch.enable_grad())
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_encoding_online_equals_encoding_from_a_cache(loaded, family):
     parts = loaded[family]
     torch.manual_seed(0)
-    batch = tiny.SyntheticBatches(sd_models.Tokenize(parts.tokenizers), 3, 32).batch
+    batch = tiny.SyntheticBatches(sd_inputs.Tokenize(parts.tokenizers), 3, 32).batch
     batch["pixels"] = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     latents, (embeddings, pooled), sizes = encode(parts, batch)
     for chunk in (1, 2):
         torch.testing.assert_close(encode(parts, batch, chunk=chunk)[0], latents, atol=1e-5, rtol=1e-5)
-    mean, std = sd_models.latent_moments(parts.vae, batch["pixels"], 8)
+    mean, std = sd_inputs.latent_moments(parts.vae, batch["pixels"], 8)
     cache = {
         "moments": torch.stack([mean, std], 1),
         "prompt_embeds": embeddings.half(),
@@ -227,7 +230,7 @@ def test_encoding_online_equals_encoding_from_a_cache(loaded, family):
     if parts.is_xl:
         torch.testing.assert_close(cached_pooled, pooled, atol=2e-3, rtol=2e-3)
         assert torch.equal(cached_sizes, sizes)
-    blank = sd_models.encode_blank(parts, "cpu")
+    blank = sd_inputs.encode_blank(parts, "cpu")
     cache["empty"] = torch.tensor([False, True, False])
     hidden = encode(parts, cache)[1]
     torch.testing.assert_close(hidden[0][1], blank[0][0], atol=2e-3, rtol=2e-3)
@@ -236,7 +239,7 @@ def test_encoding_online_equals_encoding_from_a_cache(loaded, family):
 
 def test_latents_are_scaled_draws_from_the_vaes_distribution(loaded):
     parts = loaded["sd1"]
-    batch = tiny.SyntheticBatches(sd_models.Tokenize(parts.tokenizers), 2, 32).batch
+    batch = tiny.SyntheticBatches(sd_inputs.Tokenize(parts.tokenizers), 2, 32).batch
     latents = encode(parts, batch, seed=4)[0]
     posterior = parts.vae.encode(batch["pixels"] / 127.5 - 1).latent_dist
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(4))
@@ -248,7 +251,7 @@ def test_half_precision_networks_take_float32_conditions(loaded):
     """A teacher in bfloat16 without autocast (`--teacher_dtype bf16 --mixed_precision no`)."""
     for family in ("sd1", "sdxl"):
         unet = UNet2DConditionModel.from_config(loaded[family].unet.config).bfloat16().requires_grad_(False)
-        inputs = tiny.unet_inputs(unet, 2, 8, tokens=16)
+        inputs = macs.unet_inputs(unet.config, 2, 8, tokens=16)
         sample, timestep = inputs.pop("sample"), inputs.pop("timestep")
         out = sd_models.predict(unet, torch.bfloat16, sample, timestep, inputs)
         assert out.dtype == torch.float32 and torch.isfinite(out).all()
@@ -265,7 +268,8 @@ def test_half_precision_networks_take_float32_conditions(loaded):
     ],
 )  # fmt: skip
 def test_vae_precision(wanted, mixed, own, xl, expected):
-    assert sd_models.vae_dtype(wanted, mixed, own, xl) == getattr(torch, expected)
+    half = sd_models.DTYPES.get(mixed, torch.float32)
+    assert sd_models.vae_dtype(wanted, half, own, xl) == getattr(torch, expected)
 
 
 def test_resolution_defaults_and_multiples(loaded):
@@ -323,7 +327,7 @@ def train_a_little(unet):
 
 def test_without_its_adapters_the_network_is_the_base_bit_for_bit(loaded):
     unet = UNet2DConditionModel.from_config(loaded["sd1"].unet.config).eval()
-    inputs = tiny.unet_inputs(unet, 2, 8, tokens=16, generator=torch.Generator().manual_seed(0))
+    inputs = macs.unet_inputs(unet.config, 2, 8, tokens=16, generator=torch.Generator().manual_seed(0))
     before = unet(**inputs).sample.detach()
     sd_models.add_lora(unet, 4, 4, 0.0, sd_models.LORA_TARGETS)
     assert torch.equal(unet(**inputs).sample, before), "the second factor starts at zero"
@@ -361,7 +365,7 @@ def test_lora_round_trip_through_stock_diffusers_is_exact_with_alpha_unlike_rank
     base = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     config = sd_models.add_lora(pipe.unet, 4, 8.0, 0.0, sd_models.LORA_TARGETS)
     train_a_little(pipe.unet)
-    inputs = tiny.unet_inputs(pipe.unet, 2, 8, tokens=16, generator=torch.Generator().manual_seed(0))
+    inputs = macs.unet_inputs(pipe.unet.config, 2, 8, tokens=16, generator=torch.Generator().manual_seed(0))
     expected = pipe.unet.eval()(**inputs).sample
     sd_export.save_lora(tmp_path, pipe.unet, config, family == "sdxl")
     again = DiffusionPipeline.from_pretrained(saved / family)
@@ -390,7 +394,7 @@ def test_channels_last_networks_are_saved_and_read_back(loaded, tmp_path):
     unet = sd_models.create_student(loaded["sd1"].unet, 16, "zero")
     sd_models.speed_up(unet, True, False, False, pytest.fail)
     assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    sd_models.save_network(unet, tmp_path, unet.state_dict())
+    network_files.save_network(unet, tmp_path, unet.state_dict())
     again = UNet2DConditionModel.from_pretrained(tmp_path)
     assert all(torch.equal(value, unet.state_dict()[name]) for name, value in again.state_dict().items())
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, LCMScheduler
 
-from brisk import optim, schedules, sd_models, splam, tiny
+from brisk import macs, optim, schedules, sd_inputs, sd_models, splam, tiny
 
 pytestmark = pytest.mark.quick
 
@@ -286,7 +286,7 @@ def test_zero_terminal_snr_is_finite_with_gradients_at_the_last_step(kind, param
     gamma = torch.tensor([1.0, 0.5, 1e-3, 2**-24])
     latents, noise, cond, uncond, out = (draw(4, 4, 2, 2, seed=seed).float() for seed in range(5))
     grid, t, t_end, a, s, a_end, s_end = levels([49] * 4, latents, rescale_betas_zero_snr=True)
-    schedules.check_prediction_type(kind, grid)
+    schedules.check_prediction_type(kind, grid.alpha_cumprod_start)
     x = a * latents + s * noise
     x_end, _, _ = splam.guided_ddim_step(cond, uncond, x, a, s, a_end, s_end, 8.0, kind)
     target = splam.consistency_output(x_end, schedules.to_x0_eps(uncond, x_end, a_end, s_end, kind)[0], t_end)
@@ -308,10 +308,13 @@ def test_zero_terminal_snr_is_finite_with_gradients_at_the_last_step(kind, param
 def test_epsilon_at_zero_terminal_snr_and_unknown_types_are_refused():
     grid = schedules.solver_grid(table(rescale_betas_zero_snr=True), 50)
     with pytest.raises(ValueError, match="zero terminal SNR"):
-        schedules.check_prediction_type("epsilon", grid)
+        schedules.check_prediction_type("epsilon", grid.alpha_cumprod_start)
     with pytest.raises(ValueError, match="flow"):
-        schedules.check_prediction_type("flow", grid)
-    schedules.check_prediction_type("epsilon", schedules.solver_grid(table(), 50))
+        schedules.check_prediction_type("flow", grid.alpha_cumprod_start)
+    with pytest.raises(ValueError, match="flow"):
+        schedules.check_prediction_type("flow")
+    schedules.check_prediction_type("epsilon", schedules.solver_grid(table(), 50).alpha_cumprod_start)
+    schedules.check_prediction_type("epsilon")
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
@@ -319,7 +322,7 @@ def test_student_starts_as_the_teacher_bit_for_bit_and_its_projection_gets_gradi
     teacher = tiny.make_pipeline(family).unet.eval()
     before = dict(teacher.config)
     student = sd_models.create_student(teacher, 32, "zero").eval()
-    inputs = tiny.unet_inputs(teacher, 3, 8, tokens=16, generator=torch.Generator().manual_seed(0))
+    inputs = macs.unet_inputs(teacher.config, 3, 8, tokens=16, generator=torch.Generator().manual_seed(0))
     gamma = splam.gamma_embedding(torch.tensor([1.0, 0.4, 0.1]), 32)
     assert torch.equal(student(**inputs, timestep_cond=gamma).sample, teacher(**inputs).sample)
     student(**inputs, timestep_cond=gamma).sample.square().mean().backward()
@@ -339,11 +342,11 @@ def distillation_step(pipe, student, ema, lora):
     if parts.is_xl:
         parts.tokenizers.append(pipe.tokenizer_2)
     draw_from, cond_dim = torch.Generator().manual_seed(0), student.config.time_cond_proj_dim
-    batch = tiny.SyntheticBatches(sd_models.Tokenize(parts.tokenizers), 2, 32).batch
-    blank = sd_models.encode_blank(parts, "cpu")
-    latents, embeddings, sizes = sd_models.encode_batch(parts, batch, blank, draw_from, 32, 8, torch.enable_grad())
-    cond = sd_models.condition(parts, embeddings, sizes, 2)
-    both = sd_models.stack_conditions(cond, sd_models.condition(parts, sd_models.unconditional(parts, blank), sizes, 2))
+    batch = tiny.SyntheticBatches(sd_inputs.Tokenize(parts.tokenizers), 2, 32).batch
+    blank = sd_inputs.encode_blank(parts, "cpu")
+    latents, embeddings, sizes = sd_inputs.encode_batch(parts, batch, blank, draw_from, 32, 8, torch.enable_grad())
+    cond = sd_inputs.condition(parts, embeddings, sizes, 2)
+    both = sd_inputs.stack_conditions(cond, sd_inputs.condition(parts, sd_inputs.unconditional(parts, blank), sizes, 2))
     _, t, t_end, a, s, a_end, s_end = levels([3, 30], latents)
     noisy, gamma = a * latents + s * torch.randn(latents.shape, generator=draw_from), torch.tensor([0.3, 1.0])
     with torch.no_grad(), sd_models.adapters_off(pipe.unet, lora):

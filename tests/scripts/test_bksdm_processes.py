@@ -1,0 +1,167 @@
+"""BK-SDM on two gloo processes: the step of one process with the doubled batch, draws of their own, taps, agreed stops."""
+
+import functools
+
+import pytest
+from conftest import BKSDM, read_rows
+from safetensors.torch import load_file
+from test_slam_processes import notes_of, run_pair
+
+from brisk import checkpoint
+
+STEPS = 4
+FLAGS = (f"--max_train_steps={STEPS}", "--checkpointing_steps=2", "--learning_rate=0.01", "--use_ema", "--preset=bk_tiny",
+         "--adam_epsilon=1e-3")  # fmt: skip
+NOTING = '''
+import hashlib, json, os, signal
+import train_bksdm_distill as script
+from brisk import feature_taps, optim, runlog, sd_inputs, sd_models
+
+rank, notes = int(os.environ["RANK"]), {"times": [], "inputs": [], "weights": [], "features": []}
+main, predict, update, read = script.main, sd_models.predict, optim.EMA.update, feature_taps.FeatureTaps.read
+flush = runlog.RunLog.flush
+
+
+def digest(tensors):
+    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
+
+
+def noting_predict(unet, dtype, x, timesteps, *rest):
+    if unet.training:
+        notes["times"].append(timesteps.tolist())
+        notes["inputs"].append(digest([x]))
+    return predict(unet, dtype, x, timesteps, *rest)
+
+
+def noting_update(self, parameters, decay):
+    parameters = list(parameters)
+    notes["weights"].append(digest(parameters))
+    return update(self, parameters, decay)
+
+
+def noting_read(self):
+    features = read(self)
+    notes["features"].append([feature.requires_grad for feature in features])
+    return features
+
+
+def stopping_flush(self, step, *rest, **named):
+    if step == int(os.environ.get("STOP_AT", 0)) and rank == 1:  # one process is told to stop, both must
+        os.kill(os.getpid(), signal.SIGTERM)
+    return flush(self, step, *rest, **named)
+
+
+def noting_main(argv=None):
+    try:
+        main(argv)
+    finally:
+        with open(f"{os.environ['NOTES_TO']}/{rank}.json", "w") as file:
+            json.dump(notes, file)
+
+
+sd_models.predict, optim.EMA.update, script.main = noting_predict, noting_update, noting_main
+feature_taps.FeatureTaps.read, runlog.RunLog.flush = noting_read, stopping_flush
+'''
+SHARED_DRAWS = '''
+import torch
+from brisk import seeding
+
+generator = seeding.generator
+
+
+def halved(draw):
+    """What a process of twice the batch draws, of which each rank takes its half."""
+    def drawn(*shape, generator=None, **named):
+        if generator is None:
+            return draw(*shape, generator=generator, **named)
+        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        mine = slice(rank * shape[0], (rank + 1) * shape[0])
+        return draw((2 * shape[0], *shape[1:]), generator=generator, **named)[mine]
+
+    return drawn
+
+
+torch.rand, torch.randn = halved(torch.rand), halved(torch.randn)
+seeding.generator = lambda seed, process, *key, **named: generator(seed, 0, *key, **named)
+'''
+
+
+@pytest.fixture(scope="module")
+def pair(fork_script, base_flags):
+    """A function: (folder, flags, code, STOP_AT) -> exit codes and stderrs of both ranks."""
+    fork = functools.partial(fork_script, script=BKSDM)
+
+    def run(folder, flags, code=NOTING, **variables):
+        folder.mkdir(exist_ok=True)
+        given = base_flags(f"--output_dir={folder.parent / 'out'}", *flags, family="toy_sd1", script=BKSDM)
+        return run_pair(fork, folder, given, code, **variables)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def straight(pair, tmp_path_factory):
+    """(output, notes by rank) of an unbroken run."""
+    folder = tmp_path_factory.mktemp("straight")
+    codes, errors = pair(folder / "notes", FLAGS)
+    assert codes == [0, 0], errors
+    return folder / "out", notes_of(folder / "notes")
+
+
+def weights(folder, name="unet"):
+    return load_file(folder / name / "diffusion_pytorch_model.safetensors")
+
+
+def test_ranks_draw_different_data_noise_and_timesteps_and_stay_equal(straight):
+    output, (first, second) = straight
+    assert len(first["inputs"]) == len(second["inputs"]) == STEPS
+    assert not set(first["inputs"]) & set(second["inputs"]), "both ranks trained on the same noisy latents"
+    assert first["times"] != second["times"]
+    assert first["weights"] == second["weights"] and len(set(first["weights"])) == STEPS
+    assert [row["images"] for row in read_rows(output)] == [4, 8, 12, 16]
+
+
+def test_taps_read_the_network_inside_the_wrapper(straight):
+    for notes in straight[1]:
+        assert notes["features"] == [[True] * 6, [False] * 6] * STEPS, "of student and teacher, once a step"
+
+
+@pytest.mark.parametrize("flags", [(), ("--snr_gamma=5", "--snr_on_features", "--gradient_checkpointing")], ids=" ".join)
+def test_two_processes_with_the_same_samples_noise_and_times_equal_one_with_twice_the_batch(
+    flags, pair, run_bksdm, pictures, tmp_path
+):
+    flags = (*FLAGS, f"--train_data_dir={pictures}", *flags)
+    codes, errors = pair(tmp_path / "notes", flags, NOTING + SHARED_DRAWS)
+    assert codes == [0, 0], errors
+    alone = run_bksdm(*flags, "--train_batch_size=4", output=tmp_path / "alone")
+    rows = read_rows(tmp_path / "out")
+    assert len(rows) == STEPS
+    for row, expected in zip(rows, alone.rows, strict=True):
+        names = [name for name in expected if name.startswith(("loss", "feat/", "grad_norm", "images", "lr"))
+                 and name != "images_per_second"]  # fmt: skip
+        assert len(names) == 6 + 7
+        assert [row[name] for name in names] == pytest.approx([expected[name] for name in names], rel=1e-5)
+    for name in ("unet", "unet_raw"):
+        ours, theirs = weights(tmp_path / "out", name), weights(alone.output, name)
+        assert ours.keys() == theirs.keys()
+        assert max((ours[key] - theirs[key]).abs().max() for key in ours) < 1e-5
+    moved = [(weights(alone.output, "unet_raw")[key] - value).abs().max()
+             for key, value in weights(alone.output / "checkpoint-2").items()]  # fmt: skip
+    assert min(moved) > 1e-4, "weights that hardly move prove nothing"
+
+
+def test_stopped_by_a_signal_to_one_rank_the_pair_goes_on_bit_for_bit(straight, pair, tmp_path):
+    flags = (*FLAGS, "--resume_from_checkpoint=latest")
+    codes, errors = pair(tmp_path / "first", flags, STOP_AT="3")
+    assert codes == [143, 143], errors
+    assert max(checkpoint.step_of(path) for path in (tmp_path / "out").glob("checkpoint-*")) == 3
+    codes, errors = pair(tmp_path / "second", flags)
+    assert codes == [0, 0], errors
+    for rank in (0, 1):
+        halves = [notes_of(tmp_path / name)[rank] for name in ("first", "second")]
+        for what in ("inputs", "times", "weights"):
+            assert halves[0][what] + halves[1][what] == straight[1][rank][what], what
+    for name in ("unet", "unet_raw"):
+        file = f"{name}/diffusion_pytorch_model.safetensors"
+        assert (tmp_path / "out" / file).read_bytes() == (straight[0] / file).read_bytes()
+    assert (tmp_path / "out/log_loss.csv").read_text() == (straight[0] / "log_loss.csv").read_text()

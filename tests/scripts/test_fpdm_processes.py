@@ -1,0 +1,179 @@
+"""FPDM on two gloo processes: equal numbers of iterations, the step of one process with the whole batch, agreed stops."""
+
+import functools
+
+import pytest
+from conftest import FPDM, read_rows
+from inprocess import assert_equal, weights
+from test_slam_processes import notes_of, run_pair
+
+import train_fpdm
+from brisk import checkpoint
+
+STEPS = 4
+FLAGS = (f"--max_train_steps={STEPS}", "--checkpointing_steps=2", "--learning_rate=0.01", "--ema_decay=0.9", "--adam_epsilon=1e-5",
+         "--fixed_point", "--deq_no_grad_max_iters=4", "--deq_with_grad_max_iters=4", "--global_batch_size=8",
+         "--class_dropout_prob=0.4")  # fmt: skip
+NOTING = '''
+import hashlib, json, os, signal
+import train_fpdm as script
+from brisk import fpdm, optim, runlog
+
+rank, notes = int(os.environ["RANK"]), {"times": [], "inputs": [], "iterations": [], "weights": []}
+main, forward, update = script.main, fpdm.FPDMTransformer2DModel.forward, optim.EMA.update
+flush = runlog.RunLog.flush
+
+
+def digest(tensors):
+    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
+
+
+def noting_forward(self, x, timesteps, labels, num_iters=None, **named):
+    notes["times"].append(timesteps.tolist())
+    notes["inputs"].append(digest([x]))
+    notes["iterations"].append(num_iters)
+    return forward(self, x, timesteps, labels, num_iters, **named)
+
+
+def noting_update(self, parameters, decay):
+    parameters = list(parameters)
+    notes["weights"].append(digest(parameters))
+    return update(self, parameters, decay)
+
+
+def stopping_flush(self, step, *rest, **named):
+    if step == int(os.environ.get("STOP_AT", 0)) and rank == 1:  # one process is told to stop, both must
+        os.kill(os.getpid(), signal.SIGTERM)
+    return flush(self, step, *rest, **named)
+
+
+def noting_main(argv=None):
+    try:
+        main(argv)
+    finally:
+        with open(f"{os.environ['NOTES_TO']}/{rank}.json", "w") as file:
+            json.dump(notes, file)
+
+
+script.main, optim.EMA.update, runlog.RunLog.flush = noting_main, noting_update, stopping_flush
+fpdm.FPDMTransformer2DModel.forward = noting_forward
+'''
+SHARED_DRAWS = '''
+import torch
+from brisk import seeding
+
+generator = seeding.generator
+
+
+def halved(draw, shape_at):
+    """What a process of twice the batch draws, of which each rank takes its half."""
+    def drawn(*given, generator=None, **named):
+        given = list(given)
+        if generator is None:
+            return draw(*given, generator=generator, **named)
+        if isinstance(given[shape_at], int):
+            given[shape_at:] = [given[shape_at:]]
+        shape = given[shape_at]
+        given[shape_at] = (2 * shape[0], *shape[1:])
+        return draw(*given, generator=generator, **named)[rank * shape[0] : (rank + 1) * shape[0]]
+
+    return drawn
+
+
+torch.rand, torch.randn, torch.randint = halved(torch.rand, 0), halved(torch.randn, 0), halved(torch.randint, 1)
+seeding.generator = lambda seed, process, *key, **named: generator(seed, 0, *key, **named)
+'''
+
+
+@pytest.fixture(scope="module")
+def pair(fork_script, base_flags):
+    """A function: (folder, flags, code, STOP_AT) -> exit codes and stderrs of both ranks."""
+    fork = functools.partial(fork_script, script=FPDM)
+
+    def run(folder, flags, code=NOTING, **variables):
+        folder.mkdir(exist_ok=True)
+        given = base_flags(f"--output_dir={folder.parent / 'out'}", *flags, script=FPDM)
+        return run_pair(fork, folder, given, code, **variables)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def straight(pair, tmp_path_factory):
+    """(output, notes by rank) of an unbroken run."""
+    folder = tmp_path_factory.mktemp("straight")
+    codes, errors = pair(folder / "notes", FLAGS)
+    assert codes == [0, 0], errors
+    return folder / "out", notes_of(folder / "notes")
+
+
+def test_ranks_iterate_equally_often_on_different_data_and_stay_equal(straight):
+    output, (first, second) = straight
+    drawn = [tuple(pair) for pair in first["iterations"]]
+    args = train_fpdm.parse_args(list(FLAGS))[0]
+    assert first["iterations"] == second["iterations"]
+    assert drawn == [train_fpdm.draw_iterations(args, 7, step) for step in range(STEPS)] and len(set(drawn)) > 2
+    assert not set(first["inputs"]) & set(second["inputs"]), "both ranks trained on the same noisy latents"
+    assert first["times"] != second["times"]
+    assert first["weights"] == second["weights"] and len(set(first["weights"])) == STEPS
+    assert [row["images"] for row in read_rows(output)] == [8, 16, 24, 32]
+
+
+def test_without_sync_iters_each_rank_draws_its_own_numbers_and_weights_stay_equal(pair, tmp_path):
+    codes, errors = pair(tmp_path / "notes", (*FLAGS, "--sync_iters=False"))
+    assert codes == [0, 0], errors
+    first, second = notes_of(tmp_path / "notes")
+    assert first["iterations"] != second["iterations"]
+    assert first["weights"] == second["weights"]
+    mean = [sum(rank["iterations"][0][1] for rank in (first, second)) / 2, read_rows(tmp_path / "out")[0]["fp/m_with_grad"]]
+    assert mean[0] == mean[1]
+
+
+@pytest.mark.parametrize("flags", [(), ("--predict_v", "--use_zero_terminal_snr", "--fp_grad_checkpointing")], ids=["eps", "v"])
+def test_two_processes_with_the_same_samples_noise_and_times_equal_one_with_the_whole_batch(flags, pair, run_fpdm, tmp_path):
+    codes, errors = pair(tmp_path / "notes", (*FLAGS, *flags), NOTING + SHARED_DRAWS)
+    assert codes == [0, 0], errors
+    alone = run_fpdm(*FLAGS, *flags, output=tmp_path / "alone")
+    rows = read_rows(tmp_path / "out")
+    names = ("loss", "mse", "vb", "grad_norm", "lr", "images", "fp/n_no_grad", "fp/m_with_grad", "fp/residual")
+    assert len(rows) == STEPS
+    for row, expected in zip(rows, alone.rows, strict=True):
+        assert [row[name] for name in names] == pytest.approx([expected[name] for name in names], rel=1e-4)
+    ours, theirs = weights(tmp_path / "out"), weights(alone.output)
+    assert ours.keys() == theirs.keys()
+    start = weights(alone.output / "checkpoint-2")
+    for name in (name for name in start if name.startswith("transformer/")):
+        last = name.replace("transformer/", "transformer_raw/")
+        moved, apart = (theirs[last] - start[name]).norm(), (ours[last] - theirs[last]).norm()
+        assert moved > 1e-5, "weights that hardly move prove nothing"
+        assert apart < 0.01 * moved, name
+
+
+def test_stopped_by_a_signal_to_one_rank_the_pair_goes_on_bit_for_bit(straight, pair, tmp_path):
+    flags = (*FLAGS, "--resume=latest")
+    codes, errors = pair(tmp_path / "first", flags, STOP_AT="3")
+    assert codes == [143, 143], errors
+    assert max(checkpoint.step_of(path) for path in (tmp_path / "out").glob("checkpoint-*")) == 3
+    codes, errors = pair(tmp_path / "second", flags)
+    assert codes == [0, 0], errors
+    for rank in (0, 1):
+        halves = [notes_of(tmp_path / name)[rank] for name in ("first", "second")]
+        for what in ("inputs", "times", "iterations", "weights"):
+            assert halves[0][what] + halves[1][what] == straight[1][rank][what], what
+    assert_equal(weights(tmp_path / "out"), weights(straight[0]))
+
+
+def test_a_batch_that_two_processes_cannot_share_is_refused_by_both(pair, tmp_path):
+    codes, errors = pair(tmp_path / "notes", (*FLAGS, "--global_batch_size=7"))
+    assert codes == [2, 2]
+    assert all("--global_batch_size 7 cannot be divided among 2 processes" in error for error in errors)
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbered_folders_are_agreed_on_by_all_ranks(pair, tmp_path):
+    for _ in range(2):
+        codes, errors = pair(tmp_path / "notes", (*FLAGS, "--name=", "--output_subdir=runs", "--max_train_steps=1"))
+        assert codes == [0, 0], errors
+    found = sorted((tmp_path / "out/runs").iterdir())
+    assert [path.name[:4] for path in found] == ["000-", "001-"]
+    assert all((path / "transformer").is_dir() for path in found)
