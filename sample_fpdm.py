@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Sample images with a DiT or FPDM network (arXiv 2401.08741) trained by train_fpdm.py.
 
-What the checkpoint knows is read from it. Image number j depends on --global_seed and j alone, so any split over
-processes or runs gives the same images, and a run that was stopped goes on where it was.
+What the checkpoint knows is read from it. Image number j depends on --global_seed and j alone, unless a tolerance is
+shared by the batch: any split over processes or runs gives the same images, and a stopped run goes on where it was.
 """
 
+import datetime
 import itertools
 import json
 import re
@@ -63,8 +64,9 @@ def parse_args(argv=None):
     add = group.add_argument
     add("--batch_size", type=options.COUNT, default=32, help="images at a time, per process")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="precision of the network; steps are float32")
-    options.add_flag(group, "--compile", "torch.compile one iteration of the fixed-point layer")
-    add("--compile_mode", default="default", help="e.g. reduce-overhead for CUDA graphs")
+    options.add_flag(group, "--allow_tf32", "allow TF32 matrix products on Ampere and newer GPUs", True)
+    options.add_flag(group, "--compile", "torch.compile one iteration of the fixed-point layer; of a plain DiT, the blocks")
+    add("--compile_mode", choices=fpdm_options.COMPILE_MODES, default="default", help="reduce-overhead: CUDA graphs")
     options.add_flag(group, "--debug", "one batch per process, into a folder of its own")
     options.add_flag(group, "--dry_run", "print the plan and stop")
     fpdm_options.alias_fixed_point(parser)
@@ -103,7 +105,7 @@ def idle_flags(args, given, config):
     """Sentences about given flags that change nothing, and about a tolerance out of reach."""
     layer = (config.fixed_point, "a fixed-point layer, the network is a plain DiT")
     names = ("fixed_point_iters", "fixed_point_reuse_solution", "fixed_point_first_iters", "iter_schedule", "adaptive", "solver",
-             "fp_tol", "log_convergence", "compile")  # fmt: skip
+             "fp_tol", "log_convergence")  # fmt: skip
     rules = dict.fromkeys(names, layer)
     rules |= dict.fromkeys(("fp_min_iters", "fp_check_every", "fp_per_sample"), (args.fp_tol, "--fp_tol"))
     rules |= {"eta": (args.ddim, "--ddim"), "adaptive_type": (args.adaptive, "--adaptive"),
@@ -197,11 +199,12 @@ def file_name(index, label, names, config, suffix):
     return f"{index:05d}--{label:03d}--{name}{suffix}"
 
 
-def folder_of(args, plan, config):
+def folder_of(args, plan, network):
     """Where the images go."""
+    config = network.config
     parts = {"num_sampling_steps": args.num_sampling_steps, "cfg_scale": plan.guidance_scale}
     if config.fixed_point:
-        parts |= {"fixed_point_iters": args.fixed_point_iters or round(sum(plan.iterations) / len(plan.iterations)),
+        parts |= {"fixed_point_iters": args.fixed_point_iters or network.default_iterations,
                   "fixed_point_reuse_solution": plan.reuse, "fixed_point_pptc": config.pre_post_timestep_conditioning}  # fmt: skip
     name = "--".join(f"{key}-{value}" for key, value in parts.items()) + "--ddim" * (plan.sampler == "ddim")
     return Path(args.output_dir) / ("debug" if args.debug else "") / run_folder(args.ckpt).name / name
@@ -230,7 +233,7 @@ def describe(plan, cost, folder, batches):
     ]
 
 
-def settings_of(args, plan, network, vae_source):
+def settings_of(args, plan, network, vae_source, processes):
     """What the images depend on, as JSON holds it: images of other settings must not be mixed with them."""
     from brisk import sd_models
 
@@ -238,6 +241,8 @@ def settings_of(args, plan, network, vae_source):
     if plan["solver"] and not args.fp_tol and args.solver == "picard":
         plan["solver"] = {}  # measured, which changes nothing
     flags = {name: getattr(args, name) for name in ("global_seed", "class_labels", "class_names", "dtype", "output_type")}
+    if plan["solver"].get("tolerance") and not args.fp_per_sample:
+        flags |= {"batch_size": args.batch_size, "processes": processes}  # a batch stops together
     return {"weights": sd_models.fingerprint(network), **plan, "vae": vae_source, **flags}
 
 
@@ -263,22 +268,6 @@ def load_vae(args, config):
     except options.UserError as error:
         raise options.UserError(f"{str(error).rstrip('.')}: give the folder of a VAE as --vae, or --output_type latent.") from None
     return vae, source
-
-
-def compile_iteration(network, mode):
-    """Compile one iteration of the fixed-point layer, the same graph for every number of them."""
-    import torch
-
-    network.compile_iteration(mode=None if mode == "default" else mode)
-    compiled = network.iteration
-    if mode == "default":
-        return
-
-    def iteration(*inputs):
-        torch.compiler.cudagraph_mark_step_begin()
-        return compiled(*inputs).clone()  # a CUDA graph writes its next output over the last
-
-    network.iteration = iteration
 
 
 def decode(vae, latents):
@@ -336,10 +325,11 @@ def main(argv=None):
     from accelerate.utils import gather_object, parse_flag_from_env
     from tqdm import tqdm
 
-    from brisk import checkpoint, fpdm, fpdm_sampling, runlog, seeding
+    from brisk import checkpoint, fpdm, fpdm_sampling, runlog, sd_models, seeding
 
     runlog.quiet_libraries()
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    # one process may wait for another, or for samples.npz, as long as it takes
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=datetime.timedelta(days=1))
     runlog.check_processes(state)
     device, say = state.device, print if state.is_main_process else lambda *_: None
 
@@ -351,7 +341,7 @@ def main(argv=None):
     for sentence in idle_flags(args, given, config):
         say(f"warning: {sentence}")
     names = class_names(args, config) if config.label_type == "class" else {}
-    folder, suffix = folder_of(args, plan, config), ".png" if args.output_type == "png" else ".npy"
+    folder, suffix = folder_of(args, plan, network), ".png" if args.output_type == "png" else ".npy"
 
     # 2 this process's images
     indices = list(range(args.sample_index_start, args.sample_index_end))
@@ -367,23 +357,24 @@ def main(argv=None):
 
     # 3 models on the device, settings on disk
     vae, vae_source = load_vae(args, config)
-    settings = settings_of(args, plan, network, vae_source)
+    settings = settings_of(args, plan, network, vae_source, state.num_processes)
     check_settings(folder, settings)
     state.wait_for_everyone()
     if state.is_main_process:
         runlog.open_output(0, folder)
         checkpoint.write_atomically(folder / "args.json", json.dumps({**options.public(args), "settings": settings}, indent=1))
     state.wait_for_everyone()
-    network.to(device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype])
+    runlog.allow_fast_maths(args.allow_tf32)
+    network.to(device, sd_models.DTYPES[args.dtype])
     if vae is not None:
         vae.to(device)
-    if args.compile and config.fixed_point:
-        compile_iteration(network, args.compile_mode)
+    if args.compile:
+        network.compile_iteration(args.compile_mode)
 
     # 4 draw
     progress = tqdm(total=len(batches) * len(plan.timesteps), desc="sampling", unit="step", dynamic_ncols=True,
                     disable=not state.is_main_process)  # fmt: skip
-    records, drawn = [], 0
+    records, drawn, writing = [], 0, []
     with ThreadPoolExecutor(4) as writers:
         for batch in batches:
             generators = [seeding.generator(args.global_seed, "noise", indices[place]) for place in batch]
@@ -391,11 +382,15 @@ def main(argv=None):
             chosen = chosen.to(network.dtype) if config.label_type == "vector" else chosen
             samples = fpdm_sampling.sample_latents(network, chosen, generators, plan, device, progress.update)
             values = samples.latents.cpu().numpy() if vae is None else decode(vae, samples.latents)
-            list(writers.map(save, [files[place] for place in batch], values))
+            for written in writing:  # of the last batch: files are written while the next one is drawn
+                written.result()
+            writing = [writers.submit(save, files[place], value) for place, value in zip(batch, values, strict=True)]
             if args.log_convergence and config.fixed_point:
                 records.append((samples.iterations.cpu(), samples.residual.cpu()))
             drawn += len(batch)
             progress.set_postfix(images=drawn)
+        for written in writing:
+            written.result()
     progress.close()
 
     # 5 reports

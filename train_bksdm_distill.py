@@ -6,7 +6,6 @@ Equations: arXiv 2305.15798, each a function of brisk/bksdm.py. Launch with `acc
 
 import argparse
 import copy
-import csv
 import functools
 import json
 import sys
@@ -69,7 +68,7 @@ def parse_args(argv=None):
         help="dropped captions: the empty prompt or zeros; auto: as the teacher samples")  # fmt: skip
     flag("--random_conditioning", "swap captions for others, the more the noisier the input (arXiv 2504.02011)")
     add("--random_conditioning_lambda", type=options.NOT_NEGATIVE, default=5.0, help="exp(-lambda (1 - t / T))")
-    add("--extra_prompts_file", help="text file of captions to swap in; without it those of the batch are")
+    add("--extra_prompts_file", help="text file of captions to swap in, half of the time, besides those of the batch")
     group = parser.add_argument_group("frozen networks")
     add, flag = group.add_argument, lambda *given: options.add_flag(group, *given)
     precision = {"choices": ("auto", "fp32", "fp16", "bf16"), "default": "auto"}
@@ -179,18 +178,6 @@ def open_captions(args, wanted, parts, device, is_main, say):
         return rows, sd_inputs.EmbeddingTable(parts, captions, device, bar), extra
 
 
-def write_loss_table(output, epoch_steps, args):
-    """log_loss.csv with the columns of the official script, from metrics.jsonl."""
-    names = ("epoch", "step", "global_step", "loss_total", *WEIGHTS.values(), "lr", "lamb_sd", "lamb_kd_output", "lamb_kd_feat")
-    with open(output / "log_loss.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(names)
-        for row in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()):
-            epoch, within = divmod(row["step"] - 1, epoch_steps)
-            terms = [row.get(name) for name in ("loss", *WEIGHTS.values(), "lr")]
-            table.writerow([epoch, within, row["step"], *terms, *(getattr(args, name) for name in WEIGHTS)])
-
-
 def main(argv=None):
     # 1 options
     args, given = parse_args(argv)
@@ -254,7 +241,8 @@ def main(argv=None):
     ema = optim.EMA(copy.deepcopy(student)) if args.use_ema else None
     of_teacher, of_student = map(FeatureTaps, (teacher, student), zip(*plan.pairs, strict=True))
     use_xformers = args.enable_xformers_memory_efficient_attention
-    for network, compiled in ((teacher, args.compile or args.compile_teacher), (student, args.compile)):
+    for network, compiled in ((teacher, args.compile or args.compile_teacher), (student, args.compile),
+                              *([(ema.network, False)] if ema else [])):  # fmt: skip
         sd_models.speed_up(network, args.channels_last, use_xformers, compiled, log.warning)
         use_xformers = use_xformers and device.type == "cuda"  # elsewhere one warning is enough
     if args.gradient_checkpointing:
@@ -283,11 +271,14 @@ def main(argv=None):
     epoch_steps = sources.plan_steps(wanted, rows, 1, None, args.train_batch_size, args.gradient_accumulation_steps,
                                      accelerator.num_processes)  # fmt: skip
     max_steps = args.max_train_steps or args.num_train_epochs * epoch_steps
+    epoch_steps = epoch_steps if rows is not None or args.max_train_samples else max_steps  # a stream is one epoch
 
     # 7 schedule and prepare
     lr_scheduler = optim.create_lr_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, max_steps)
     unet, optimizer = optim.prepare(accelerator, student, optimizer, args.train_batch_size, args.max_grad_norm)
     trainable = list(unet.parameters())  # FSDP replaces them
+    if prompts and hasattr(unet, "unshard"):
+        log.warning("--validation_prompts: FSDP shards the student, no samples are made.")
 
     # 8 state and resume
     stored = {"accelerator": accelerator, "network": unet, "name": "unet", "averages": {"unet_ema": ema} if ema else {}}
@@ -311,6 +302,7 @@ def main(argv=None):
         accelerator.end_training()
         return
     if is_main:
+        checkpoint.set_aside_earlier(output, resume, log.warning)
         runlog.write_manifest(output, options.public(args), {**facts, **counts})
     runlog.start_trackers(accelerator, args.tracker_project_name, options.public(args), output / args.logging_dir)
     terms = ("latents", "prompt embeddings", "teacher", "student", *WEIGHTS.values())
@@ -318,6 +310,7 @@ def main(argv=None):
     run_log = runlog.RunLog(accelerator, output, args.log_every, global_batch, step)
     state = {**facts, "seed": seed, "processes": accelerator.num_processes, "options": options.public(args)}
     progress = tqdm(total=max_steps, initial=step, desc="BK-SDM", unit="step", disable=not is_main, dynamic_ncols=True)
+    last = None
 
     # 10 loop
     while step < max_steps:
@@ -330,8 +323,9 @@ def main(argv=None):
 
             # 10b encode or read cache
             latents, embeddings, time_ids = sd_inputs.encode_batch(
-                parts, batch, blank, draw, resolution, args.vae_batch_size, accelerator.autocast()
-            )
+                parts, batch, None if args.random_conditioning else blank, draw, resolution, args.vae_batch_size,
+                accelerator.autocast(),
+            )  # fmt: skip
 
             # 10c noise and time
             timesteps = bksdm.draw_timesteps(torch.rand(len(latents), generator=draw, device=device), args.timestep_sampling,
@@ -346,7 +340,7 @@ def main(argv=None):
             if args.random_conditioning:
                 chance = bksdm.unpaired_probability(timesteps, args.random_conditioning_lambda, len(alphas_cumprod))
                 unpaired = torch.rand(len(latents), generator=draw, device=device) < chance
-                embeddings = sd_inputs.swap_prompts(parts, batch, embeddings, blank, unpaired, accelerator.autocast())
+                embeddings = sd_inputs.swap_prompts(parts, batch, embeddings, blank, unpaired, draw, accelerator.autocast())
                 task_weights = weights * ~unpaired
             cond = sd_inputs.condition(parts, embeddings, time_ids, len(latents))
 
@@ -386,8 +380,9 @@ def main(argv=None):
         # 10h log
         run_log.add(grad_norm=grad_norm)
         if run_log.due(step) or step == max_steps:
-            run_log.flush(step, progress, lr=lr_scheduler.get_last_lr()[0], skipped_steps=guard.check(),
-                          skipped_samples=sum(batches.skipped.values()) or None)  # fmt: skip
+            last = run_log.flush(step, progress, lr=lr_scheduler.get_last_lr()[0], skipped_steps=guard.check(),
+                                 skipped_samples=sum(batches.skipped.values()) or None,
+                                 **{f"weight/{term}": getattr(args, name) for name, term in WEIGHTS.items()})  # fmt: skip
 
         # 10i save
         received = stop.agreed()
@@ -398,7 +393,7 @@ def main(argv=None):
             problem = checkpoint.save_checkpoint(accelerator, output, step, state, batches.position, limit)
             log.error(problem) if problem else log.info(f"Saved {output}/checkpoint-{step}.")
             if is_main:
-                write_loss_table(output, epoch_steps, args)
+                sd_export.write_loss_table(output, epoch_steps, WEIGHTS, log.warning)
         if received:
             advice = "this step is not saved" if problem else "go on with --resume_from_checkpoint=latest"
             log.warning(f"Stopped by signal {received} after step {step}; {advice}.")
@@ -420,13 +415,13 @@ def main(argv=None):
     accelerator.wait_for_everyone()
     weights = accelerator.get_state_dict(unet)
     if is_main:
-        parts = sd_models.load_parts(*teacher_at) if {half, vae_dtype} != {torch.float32} else parts
+        parts = sd_models.load_parts(*teacher_at) if args.save_pipeline and {half, vae_dtype} != {torch.float32} else parts
         card = {"teacher": args.pretrained_model_name_or_path, "name": repo_id or str(output), "steps": max_steps,
                 "batch": global_batch, "resolution": resolution, "lr": rate, "preset": plan.preset or "a config of its own",
                 "sizes": plan.sizes, "prompt": (prompts or options.PROMPTS)[0]}  # fmt: skip
         scheduler = sd_export.own_scheduler(parts.scheduler_config, prediction_type)
         sd_export.export_student(output, parts, student, weights, ema, scheduler if args.save_pipeline else None, card)
-        report = {**students.report(plan), "last": json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])}
+        report = students.report(plan, args.use_copy_weight_from_teacher and not args.student_init_path, last)
         checkpoint.write_atomically(output / "bksdm_report.json", json.dumps(report, indent=1) + "\n")
         log.info(f"Saved the student in {output}{'' if args.save_pipeline else '/unet'}.")
         if repo_id:

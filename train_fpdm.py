@@ -14,7 +14,6 @@ from pathlib import Path
 from brisk import fpdm_options, options
 
 CONFIGS = Path(__file__).resolve().parent / "configs/fpdm"
-SOURCES = ("feature_path", "train_shards_path_or_url", "train_data_dir", "synthetic_data")
 NO_DATA = """give one source of data: --feature_path (a folder with <dataset_name>_features and _labels of .npy files, or with \
 latents.npy and labels.npy, or with .tar shards; scripts/precompute_latents.py --class_labels writes each of them), \
 --train_shards_path_or_url, --train_data_dir with --vae, or --synthetic_data N to try it out."""
@@ -31,12 +30,12 @@ def parse_args(argv=None):
         add(f"--fixed_point_{phase}_grad_min_iters", **kind, default=low, help=f"fewest iterations {phase} gradient")
         add(f"--fixed_point_{phase}_grad_max_iters", **kind, default=high, help="and most, both included")
     flag("--sync_iters", "the same numbers of iterations on all processes: none waits for another", True)
-    add("--loss_weighting", choices=("uniform", "p2", "min_snr"), default="uniform", help="of the squared error")
+    add("--loss_weighting", choices=fpdm_options.LOSS_WEIGHTINGS, default="uniform", help="of the squared error")
     add("--class_dropout_prob", type=options.FRACTION, default=0.1, help="share of labels dropped, for guidance")
     add("--ema_decay", type=options.FRACTION, default=0.9999, help="EMA decay, constant from the first step")
     add("--global_batch_size", type=options.COUNT, default=512, help="images per optimizer step over all processes")
     group = parser.add_argument_group("data (one source)")
-    parser.exclusive.append(SOURCES)
+    parser.exclusive.append(fpdm_options.SOURCES)
     add = group.add_argument
     add("--feature_path", help="folder of latents: .npy files, arrays or shards (see docs/data.md)")
     add("--dataset_name", default="imagenet256", help="<dataset_name>_features and _labels below feature_path")
@@ -59,8 +58,7 @@ def parse_args(argv=None):
     options.add_flag(group, "--debug", "TensorBoard, and 'debug' for output_subdir")
     options.add_flag(group, "--export_pt", "write every checkpoint as an official .pt file too, in checkpoints/")
     options.add_run_options(parser, output_dir="results", project="fpdm")
-    parser.set_defaults(seed=0, log_every=100, checkpointing_steps=100_000, adam_weight_decay=0.0, num_train_epochs=1400,
-                        report_to=None)  # fmt: skip
+    parser.set_defaults(seed=0, log_every=100, checkpointing_steps=100_000, adam_weight_decay=0.0, num_train_epochs=1400)
     fpdm_options.alias_fixed_point(parser)
     for name, published in {"learning_rate": "lr", "seed": "global_seed", "num_train_epochs": "epochs", "report_to": "log_with",
                             "checkpointing_steps": "ckpt_every", "resume_from_checkpoint": "resume",
@@ -74,7 +72,7 @@ def parse_args(argv=None):
 
 def check_args(args):
     """UserError for options that contradict each other."""
-    if sum(getattr(args, name) is not None for name in SOURCES) != 1:
+    if sum(getattr(args, name) is not None for name in fpdm_options.SOURCES) != 1:
         raise options.UserError(NO_DATA)
     if args.train_data_dir and not args.vae:
         raise options.UserError("--train_data_dir needs --vae to encode the images.")
@@ -161,6 +159,14 @@ def choose_scaling_factor(about, vae):
     return stored or own or 0.18215
 
 
+def check_image_size(config, factor):
+    """UserError where a VAE of this `factor` encodes images to, or decodes latents of, another size than the network's."""
+    side, pixels = config["sample_size"], config["image_size"]
+    if side * factor != pixels:
+        raise options.UserError(f"latents of side {side} are images of {side * factor} pixels to the VAE of --vae; "
+                                f"--image_size is {pixels}: give --image_size / {factor} as --sample_size.")  # fmt: skip
+
+
 def continue_from_pt(stored, path, network, ema, optimizer, say):
     """Load an official checkpoint into the run; returns its step. The optimizer's state is taken where it fits. UserError.
 
@@ -193,8 +199,6 @@ def main(argv=None):
     from brisk import sd_models, seeding
 
     # 2 accelerator and seeds and log
-    has_wandb = "wandb" in runlog.check_trackers("all")
-    args.report_to = args.report_to or ("wandb" if has_wandb else "tensorboard")
     accelerator = runlog.create_accelerator(
         args.output_dir, args.logging_dir, args.gradient_accumulation_steps, args.mixed_precision,
         "none" if args.dry_run else args.report_to, needs_whole_tensors=True,
@@ -234,6 +238,8 @@ def main(argv=None):
         raise options.UserError("shards without a manifest are an endless stream: give --max_train_steps.")
     vae = fpdm.load_vae(sd_models.VAES.get(args.vae, args.vae), config, args.cache_dir) if args.vae else None
     scaling_factor = choose_scaling_factor(about, vae)
+    if vae is not None:
+        check_image_size(config, sd_models.vae_factor(vae))
     if not args.dry_run:  # here, where what was given has been looked at: a refused run leaves no folder
         runlog.open_output(rank, output)
     push = args.push_to_hub and is_main and not args.dry_run
@@ -273,7 +279,7 @@ def main(argv=None):
                                                          accumulation)  # fmt: skip
 
     # 7 schedule and prepare
-    lr_scheduler = optim.create_lr_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, max_steps)
+    lr_scheduler = optim.create_lr_scheduler(args.lr_scheduler, optimizer, args.lr_warmup_steps, max_steps, first)
     model, optimizer = optim.prepare(accelerator, network, optimizer, batch_size, args.max_grad_norm)
     trainable = list(model.parameters())
     tables = gaussian.make_tables(network.betas()).to(device)
@@ -289,6 +295,8 @@ def main(argv=None):
             log.warning(sentence)
     if step:
         log.info(f"Resuming from {resume or from_pt}: step {step} of {max_steps}.")
+    if from_pt:
+        log.info("A .pt file does not say where in the data it stopped: they begin anew.")
 
     # 9 manifest and dry run
     for line in fpdm.describe(network):
@@ -302,6 +310,7 @@ def main(argv=None):
         accelerator.end_training()
         return
     if is_main:
+        checkpoint.set_aside_earlier(output, resume, log.warning)
         runlog.write_manifest(output, options.public(args), {**counts, "config": config})
     runlog.start_trackers(accelerator, args.tracker_project_name, options.public(args), output / args.logging_dir)
     guard = optim.FiniteGuard(("latents", "output", "mse", "vb"), device, "lower --learning_rate, or use --mixed_precision bf16")
@@ -355,6 +364,7 @@ def main(argv=None):
             if iterations:
                 run_log.add(**{"fp/n_no_grad": float(iterations[0]), "fp/m_with_grad": float(iterations[1]),
                                "fp/residual": output_of.residual.mean()})  # fmt: skip
+            del output_of  # its state need not wait for the next one
             if not accelerator.sync_gradients:
                 continue
             grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
@@ -380,7 +390,7 @@ def main(argv=None):
             problem = checkpoint.save_checkpoint(accelerator, output, step, state, batches.position, limit)
             log.error(problem) if problem else log.info(f"Saved {output}/checkpoint-{step}.")
             if args.export_pt and is_main:
-                fpdm.write_pt(output / f"checkpoints/{step:07d}.pt", network, ema, optimizer, state["options"], step)
+                fpdm.write_pt(output / f"checkpoints/{step:07d}.pt", network, ema, optimizer, state["options"], step, limit)
         if received:
             advice = "this step is not saved" if problem else "go on with --resume latest"
             log.warning(f"Stopped by signal {received} after step {step}; {advice}.")
@@ -394,7 +404,7 @@ def main(argv=None):
     # 11 export
     accelerator.wait_for_everyone()
     if is_main:
-        card = {"name": repo_id or output.name, "method": name, "steps": max_steps, "batch": args.global_batch_size,
+        card = {"name": repo_id or str(output), "method": name, "steps": max_steps, "batch": args.global_batch_size,
                 "lr": args.learning_rate, "path": str(output), "guidance": 1.0 if args.unsupervised else 4.0}  # fmt: skip
         fpdm.export(output, network, ema, vae, about.get("classes"), card)
         log.info(f"Saved the network in {output}{'' if vae is not None else '/transformer'}.")

@@ -252,6 +252,7 @@ def main(argv=None):
               "parameters": student.num_parameters(), "trainable_parameters": sum(p.numel() for p in trainable)}  # fmt: skip
     log.info("  ".join(f"{name} {value:,}" if name != "seed" else f"seed {value}" for name, value in counts.items()))
     if is_main and not args.dry_run:
+        checkpoint.set_aside_earlier(output, resume, log.warning)
         runlog.write_manifest(output, options.public(args), {**facts, **counts})
     runlog.start_trackers(accelerator, args.tracker_project_name, options.public(args), output / args.logging_dir)
     snr_table = splam.log_snr_table(alphas_cumprod).to(device) if args.subpath_param == "snr" else None

@@ -110,7 +110,7 @@ def _layers(config, level):
 
 
 CALLED_WITH = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type",
-               "projection_class_embeddings_input_dim")  # fmt: skip
+               "projection_class_embeddings_input_dim", "time_cond_proj_dim")  # fmt: skip
 
 
 def check_kin(student_config, teacher_config):
@@ -174,6 +174,8 @@ def removal_table(mapping, teacher_numels):
     """
     kept_as, kept, total = {}, {}, {}
     for key, source in mapping.items():
+        if source not in teacher_numels:  # the student's own
+            continue
         kept_as[_unit(source)] = _unit(key)
         kept[_unit(source)] = kept.get(_unit(source), 0) + teacher_numels[source]
     for key, count in teacher_numels.items():
@@ -312,7 +314,6 @@ def loss_weights(alpha_cumprod, snr_gamma, debias, prediction_type):
 
 
 FAVOURED = {"later": (0.75, 1.0), "earlier": (0.0, 0.25), "range": (0.25, 0.75)}
-TIMESTEP_SAMPLING = ("uniform", "later", "earlier", "range", "cubic")
 
 
 def draw_timesteps(uniform, sampling, total):

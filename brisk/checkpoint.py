@@ -1,5 +1,6 @@
 """Checkpoints that survive being killed: temporary name, fsync, rename, completeness marker, prune; stop signals."""
 
+import itertools
 import json
 import os
 import re
@@ -64,9 +65,6 @@ def find_checkpoint(output_dir, wanted, say):
     Raises UserError where a checkpoint given by path cannot be used.
     """
     if not wanted:
-        found = [folder.name for folder in Path(output_dir).glob("checkpoint-*") if step_of(folder) is not None]
-        if found:
-            say(f"{output_dir} holds {', '.join(sorted(found))} of an earlier run, which this run does not use.")
         return None
     if wanted != "latest":
         for folder in (Path(wanted), Path(output_dir) / wanted):
@@ -84,6 +82,26 @@ def find_checkpoint(output_dir, wanted, say):
         say(f"Skipping {folder}: {reason}.")
     say(f"No usable checkpoint in {output_dir}: starting a new run.")
     return None
+
+
+def set_aside_earlier(output_dir, resume, say):
+    """Move another run's checkpoints and metrics into `earlier-N`, where neither pruning nor `latest` meets them.
+
+    Args: `resume`: the checkpoint that this run goes on from, or None; `say` takes a message.
+    """
+    output_dir = Path(output_dir)
+    if resume and Path(resume).resolve().parent == output_dir.resolve():
+        return
+    found = sorted((f for f in output_dir.glob("checkpoint-*") if step_of(f) is not None), key=step_of)
+    if not found:
+        return
+    target = next(path for n in itertools.count(1) if not (path := output_dir / f"earlier-{n}").exists())
+    target.mkdir()
+    for path in [*found, output_dir / "metrics.jsonl"]:
+        if path.exists():
+            path.rename(target / path.name)
+    say(f"{output_dir} held {', '.join(folder.name for folder in found)} of another run: moved to {target}. To go on with that "
+        "run, move them back and give --resume_from_checkpoint=latest.")  # fmt: skip
 
 
 def read_state(folder):

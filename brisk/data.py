@@ -4,6 +4,7 @@ A position is a small JSON dict. Resuming from it decodes nothing that was alrea
 arithmetic, a stream reopens the shard it was in and skips the headers of what was used.
 """
 
+import atexit
 import contextlib
 import itertools
 import math
@@ -318,21 +319,29 @@ def _outlive_stop(worker):
         signal.signal(number, obey_the_next)
 
 
+def _end_workers(workers):
+    for worker in workers:
+        worker.kill()
+
+
 class TrainingBatches:
     """Iterator over batches that knows its position and counts skipped samples."""
 
     def __init__(self, dataset, num_workers, pin_memory, samples_per_batch, say, broken_share=None):
         """`samples_per_batch` over all ranks; `say` takes messages about broken shards.
 
-        More than `broken_share` of unreadable samples, of all in the epochs begun, is a UserError.
+        More than `broken_share` of unreadable samples, of all of this rank's in the epochs begun, is a UserError.
         """
         self.position = {**dataset.position, "cursors": dict(dataset.position["cursors"])}
         self.samples_per_batch, self.say, self.skipped, self.announce_at = samples_per_batch, say, Counter(), 1
         self.told, self.broken_share, self.seen = set(), broken_share, 0
-        self.epoch = len(dataset.rows) if isinstance(dataset, FolderBatches) else HOPELESS
+        rows, self.world_size = getattr(dataset, "rows", None), getattr(dataset, "world_size", 1)
+        self.epoch = HOPELESS if rows is None else math.ceil(len(rows) / self.world_size)  # of this rank
         loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, pin_memory=pin_memory,
                             prefetch_factor=4 if num_workers else None, worker_init_fn=_outlive_stop)  # fmt: skip
         self.batches = iter(loader)
+        if num_workers:  # at exit python sends the SIGTERM that they outlive, then waits for them
+            atexit.register(_end_workers, self.batches._workers)
 
     def __iter__(self):
         return self
@@ -362,7 +371,10 @@ class TrainingBatches:
         broken = sum(count for reason, count in self.skipped.items() if reason.startswith("unreadable"))
         self.seen += usable
         total = math.ceil(self.seen / self.epoch) * self.epoch  # broken files may come first in an epoch
-        if self.broken_share is not None and broken > self.broken_share * total:
+        allowed = (self.broken_share or 0.0) * total
+        if self.world_size > 1:  # the rank's files are a draw from all: three standard deviations
+            allowed += 3 * math.sqrt(allowed)
+        if self.broken_share is not None and broken > allowed:
             raise UserError(f"{broken} samples are unreadable, more than {self.broken_share:.0%} of {total}: mend the data.")
 
 

@@ -31,6 +31,18 @@ def _call(function, *inputs):
     return function(*inputs)
 
 
+def _compiled(function, mode, settings):
+    compiled = torch.compile(function, mode=mode, **settings)
+    if mode in ("default", "max-autotune-no-cudagraphs"):
+        return compiled
+
+    def replay(*inputs):
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(*inputs).clone()  # a CUDA graph writes its next output over the last
+
+    return replay
+
+
 def _as_iterated(state):
     """`state` in the layout and precision in which an iteration returns it, so that one compiled graph takes both."""
     kind = state.device.type
@@ -209,14 +221,20 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x, t, labels, num_iters=None, init_state=None, recompute=False, **solver):
+    def forward(self, x, t, labels, num_iters=None, init_state=None, recompute=False, solver=None):
         """`Output` for latents x (B, C, h, h), timesteps t (B,) and labels (B,) int64, or (B, label_dim).
 
         Args: `num_iters`: k, or (n, m): n iterations without gradient, then m with it (stochastic Jacobian-free
         backpropagation, section 4), whose last change is measured; `init_state` (B, T, D) in place of the embedded
-        input; `recompute`: activations of each block and iteration anew in the backward pass; `solver`: settings of
-        `fixed_point.solve` for the iterations without gradient.
+        input; `recompute`: activations of each block and iteration anew in the backward pass; `solver`: for k iterations, a
+        dict of settings of `fixed_point.solve`, which also measures the last change. ValueError for training with k
+        iterations, which would give the layer no gradient, and for `solver` where nothing is solved.
         """
+        is_pair = isinstance(num_iters, tuple)
+        if solver and (is_pair or not self.is_fixed_point):
+            raise ValueError(f"solver settings are for a number of iterations, not for {'a pair' if is_pair else 'a plain DiT'}.")
+        if self.is_fixed_point and self.training and torch.is_grad_enabled() and not is_pair:
+            raise ValueError("training needs num_iters=(n, m): call eval(), or sample under torch.no_grad().")
         run = functools.partial(checkpoint, use_reentrant=False) if recompute else _call
         tokens = self.x_embedder(x) + self.pos_embed.to(x.dtype)
         label = self.y_embedder(labels)
@@ -270,13 +288,16 @@ class DiT(nn.Module):
                 rho = fixed_point.residual(state, before)
         return state, count + with_grad, rho
 
-    def compile_iteration(self, **settings):
-        """torch.compile what is called most often: one fixed-point iteration, whose graph serves any number; else the blocks."""
+    def compile_iteration(self, mode="default", **settings):
+        """torch.compile what is called most often: one fixed-point iteration, whose graph serves any number; else the blocks.
+
+        Args: `mode` and `settings` as torch.compile takes them; modes with CUDA graphs are for sampling.
+        """
         if self.is_fixed_point:
-            self.iteration, self.is_compiled = torch.compile(self.iteration, **settings), True
+            self.iteration, self.is_compiled = _compiled(self.iteration, mode, settings), True
         else:
             for block in self.blocks:
-                block.compile(**settings)
+                block.forward = _compiled(block.forward, mode, settings)
 
     def iteration(self, z, constant, modulation, from_state):
         """One application of the fixed-point layer (section 2.5), the injected half and the modulation given."""
@@ -307,3 +328,11 @@ def fixed_point_macs(width, tokens, pre, post, iterations, hoisted=True):
     if not hoisted:
         return outer + iterations * parts["injection"]
     return outer + iterations * parts["injection_hoisted"] + parts["injection"] - parts["injection_hoisted"]
+
+
+def forward_macs(config, iterations=None):
+    """Multiply-accumulates of a forward pass of the network `config` with `iterations`; None: of the plain DiT of its size."""
+    tokens = (config.sample_size // config.patch_size) ** 2
+    if iterations is None:
+        return config.num_layers * macs(config.hidden_size, tokens)["block"]
+    return fixed_point_macs(config.hidden_size, tokens, config.pre_depth, config.post_depth, iterations)

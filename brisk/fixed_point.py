@@ -54,17 +54,6 @@ class Anderson:
         return mixed.view_as(image).to(image.dtype)
 
 
-def anderson(step, state, count, **settings):
-    """The image of the last of `count` evaluations of `step`, its arguments accelerated."""
-    mixer = Anderson(**settings)
-    for number in range(count):
-        image = step(state)
-        if number == count - 1:
-            return image
-        state = mixer.mix(state, image)
-    return state
-
-
 def iteration_schedule(steps, mean, kind):
     """Iterations of each respaced timestep (index 0 the least noisy), `steps` x `mean` in total, each at least one.
 

@@ -15,6 +15,8 @@ from brisk.network_files import complete, save_network
 from brisk.options import UserError
 from brisk.sd_models import load_network
 
+NO_CLASS = 1000  # what diffusers' DiTPipeline says however many classes there are
+
 
 @dataclass
 class FPDMOutput(BaseOutput):
@@ -57,8 +59,8 @@ class FPDMTransformer2DModel(dit.DiT, ModelMixin, ConfigMixin):
         config = self.config
         return config.default_num_iters or max(config.num_layers - config.pre_depth - config.post_depth, 1)
 
-    def forward(self, hidden_states, timestep=None, class_labels=None, num_iters=None, init_state=None, return_dict=True,
-                **solver):  # fmt: skip
+    def forward(self, hidden_states, timestep, class_labels=None, num_iters=None, init_state=None, return_dict=True,
+                solver=None):  # fmt: skip
         """Latents (B, C, h, h), a timestep (scalar, (1,) or (B,)) and labels (B,) -> `FPDMOutput`; see `dit.DiT.forward`."""
         timestep = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1).expand(len(hidden_states))
         class_labels = self._labels(class_labels, hidden_states)
@@ -67,7 +69,7 @@ class FPDMTransformer2DModel(dit.DiT, ModelMixin, ConfigMixin):
             init_state = self._kept_state(hidden_states.shape, timestep)
         init_state = None if init_state is False else init_state
         output = dit.DiT.forward(self, hidden_states, timestep, class_labels, num_iters or self.default_iterations, init_state,
-                                 self.gradient_checkpointing and self.training, **solver)  # fmt: skip
+                                 self.gradient_checkpointing and self.training, solver)  # fmt: skip
         if keeps:
             self._kept = (output.state.detach(), hidden_states.shape, timestep[0])
         return FPDMOutput(*output) if return_dict else tuple(output)
@@ -75,24 +77,24 @@ class FPDMTransformer2DModel(dit.DiT, ModelMixin, ConfigMixin):
     def enable_solution_reuse(self, enabled=True):
         """Start every forward pass in eval mode from the solution of the one before, for pipelines that pass no `init_state`.
 
-        It starts afresh when the batch's shape changes or the timestep increases (which is read from the device in each call),
-        and where `init_state` is False.
+        It starts afresh when the batch's shape changes or the timestep does not fall (which is read from the device in each
+        call), and where `init_state` is False.
         """
         self._reuses, self._kept = enabled and self.config.fixed_point, None
 
     def _kept_state(self, shape, timestep):
         state, old_shape, old_timestep = self._kept or (None, None, None)
-        return state if shape == old_shape and timestep[0] <= old_timestep else None
+        return state if shape == old_shape and timestep[0] < old_timestep else None
 
     def _labels(self, labels, latents):
-        """Those given, or none: 0 or zeros; stock pipelines take 1000 for no class however many there are."""
+        """Those given, or none: 0 or zeros; `NO_CLASS` is no class for networks with fewer classes."""
         config = self.config
         if config.label_type == "vector":
             return latents.new_zeros(len(latents), config.label_dim) if labels is None else labels
         if labels is None:
             known = config.label_type == "none"
             return torch.full((len(latents),), 0 if known else config.num_classes, device=latents.device)
-        return labels.clamp(max=config.num_classes)
+        return labels.masked_fill(labels == NO_CLASS, config.num_classes) if config.num_classes < NO_CLASS else labels
 
     def betas(self):
         """The betas (T,) this network was trained with, float64."""
@@ -179,14 +181,20 @@ def config_of_args(args):
     return fpdm_options.network_config(argparse.Namespace(**values))
 
 
-def write_pt(path, network, ema, optimizer, args, step):
-    """Write an official checkpoint: model, ema, opt, args, train_steps. Args: `args` the options as a plain dict."""
+def write_pt(path, network, ema, optimizer, args, step, total_limit=None):
+    """Write an official checkpoint: model, ema, opt, args, train_steps.
+
+    Args: `args` the options as a plain dict; `total_limit`: delete all others but the newest, so that this many are left.
+    """
     path.parent.mkdir(exist_ok=True)
     table = {"pos_embed": network.pos_embed}
     states = {"model": {**network.state_dict(), **table}, "ema": {**ema.state_dict(), **table}}
     temporary = path.with_suffix(".tmp")
     torch.save({**states, "opt": optimizer.state_dict(), "args": args, "train_steps": step}, temporary)
     temporary.replace(path)
+    others = sorted(file for file in path.parent.glob("*.pt") if file.stem.isdecimal() and file != path)
+    for file in others[: max(len(others) + 1 - total_limit, 0)] if total_limit else []:
+        file.unlink()
 
 
 def load_vae(source, config, cache_dir=None):
@@ -201,15 +209,14 @@ def load_vae(source, config, cache_dir=None):
 
 def describe(network):
     """Lines that a run prints of its network: parameters, and multiply-accumulates of a call."""
-    config = network.config
-    tokens, count = (config.sample_size // config.patch_size) ** 2, sum(p.numel() for p in network.parameters())
-    plain = config.num_layers * dit.macs(config.hidden_size, tokens)["block"]
+    config, count = network.config, sum(p.numel() for p in network.parameters())
+    plain = dit.forward_macs(config)
     if not config.fixed_point:
         return [f"DiT: {config.num_layers} blocks, {count:,} parameters, {plain / 1e9:,.4g} GMACs a call"]
-    depths, iterations = (config.pre_depth, config.post_depth), network.default_iterations
-    own = dit.fixed_point_macs(config.hidden_size, tokens, *depths, iterations)
-    return [f"FPDM: {depths[0]} + {depths[1]} blocks around a fixed-point layer, {count:,} parameters; {own / 1e9:,.4g} GMACs "
-            f"a call with {iterations} iterations (the plain DiT: {plain / 1e9:,.4g})"]  # fmt: skip
+    iterations = network.default_iterations
+    own = dit.forward_macs(config, iterations)
+    return [f"FPDM: {config.pre_depth} + {config.post_depth} blocks around a fixed-point layer, {count:,} parameters; "
+            f"{own / 1e9:,.4g} GMACs a call with {iterations} iterations (the plain DiT: {plain / 1e9:,.4g})"]  # fmt: skip
 
 
 CARD = """---
@@ -266,12 +273,14 @@ def export(output, network, ema, vae, classes, card):
         write_atomically(output / "README.md", CARD.format(**card))
 
 
-def export_scheduler(config, variance_type="learned_range"):
+def export_scheduler(config, sees_variance=True):
     """The `DDPMScheduler` of a network's config. UserError for flow networks, which no pipeline for DiT can sample.
 
-    With the learned variance it steps as `gaussian.ddpm_step` does; stock `DiTPipeline` hides that half of the output from its
-    scheduler and needs another `variance_type`, such as fixed_small.
+    It steps as `gaussian.ddpm_step` does. Args: `sees_variance`: False for stock `DiTPipeline`, which hides a learned variance
+    from its scheduler.
     """
+    learned = "learned_range" if sees_variance else "fixed_small"
+    variance_type = learned if config.out_channels > config.in_channels else "fixed_large"
     if config.prediction_type == "flow":
         raise UserError("a flow network has no scheduler in diffusers' DiTPipeline; sample it with sample_fpdm.py.")
     return DDPMScheduler(
@@ -285,8 +294,12 @@ def save_pipeline(folder, transformer, vae, id2label=None):
 
     Args: `vae`: None leaves it out, then only `FPDMPipeline` samples, and only latents; `id2label`: {class: names}.
     """
-    scheduler = export_scheduler(transformer.config, "fixed_small")
+    stock_pipeline(transformer, vae, export_scheduler(transformer.config, sees_variance=False), id2label).save_pretrained(folder)
+
+
+def stock_pipeline(transformer, vae, scheduler, id2label=None):
+    """A `DiTPipeline` that knows its labels when it is loaded again."""
     pipeline = DiTPipeline(transformer, vae, scheduler, id2label)
     if id2label:
         pipeline.register_to_config(id2label={str(label): name for label, name in id2label.items()})
-    pipeline.save_pretrained(folder)
+    return pipeline

@@ -2,6 +2,9 @@
 
 from brisk import options
 
+SOURCES = ("feature_path", "train_shards_path_or_url", "train_data_dir", "synthetic_data")  # of training data
+LOSS_WEIGHTINGS = ("uniform", "p2", "min_snr")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 STRUCTURE = {"hidden_size": "hidden_size", "depth": "num_layers", "num_heads": "num_attention_heads", "patch_size": "patch_size"}
 
 

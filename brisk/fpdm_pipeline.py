@@ -75,9 +75,10 @@ class FPDMPipeline(DiTPipeline):
         images = images.cpu().permute(0, 2, 3, 1).numpy()
         return self.numpy_to_pil(images) if output_type == "pil" else images
 
-    def save_pretrained(self, save_directory, **unused):
-        """As `fpdm.save_pipeline` does: a folder of this class itself would load through no other pipeline."""
+    def save_pretrained(self, save_directory, *given, **named):
+        """As diffusers saves a `DiTPipeline` of the same parts: a folder of this class would load through no other pipeline."""
         names = {}
         for name, number in self.labels.items():
             names.setdefault(number, []).append(name)
-        fpdm.save_pipeline(save_directory, self.transformer, self.vae, {number: ", ".join(same) for number, same in names.items()})
+        labels = {number: ", ".join(same) for number, same in names.items()}
+        fpdm.stock_pipeline(self.transformer, self.vae, self.scheduler, labels).save_pretrained(save_directory, *given, **named)

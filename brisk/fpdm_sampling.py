@@ -111,13 +111,10 @@ def solver_settings(solver="picard", tolerance=0.0, minimum=1, check_every=2, pe
 def cost(network, plan):
     """The `Cost` of an image; with a tolerance the most it can be."""
     config, calls, rows = network.config, len(plan.timesteps), 1 + (plan.guidance_scale > 1)
-    width, tokens = config.hidden_size, (config.sample_size // config.patch_size) ** 2
     if not config.fixed_point:
-        blocks = calls * config.num_layers
-        return Cost(calls, rows, blocks, rows * blocks * dit.macs(width, tokens)["block"])
-    pre, post = config.pre_depth, config.post_depth
-    total = sum(dit.fixed_point_macs(width, tokens, pre, post, count) for count in plan.iterations)
-    return Cost(calls, rows, calls * (pre + post) + sum(plan.iterations), rows * total)
+        return Cost(calls, rows, calls * config.num_layers, rows * calls * dit.forward_macs(config))
+    blocks = calls * (config.pre_depth + config.post_depth) + sum(plan.iterations)
+    return Cost(calls, rows, blocks, rows * sum(dit.forward_macs(config, count) for count in plan.iterations))
 
 
 def check_labels(config, labels):
@@ -156,7 +153,7 @@ def sample_latents(network, labels, generators, plan, device=None, progress=None
     for step in reversed(range(len(plan.timesteps))):
         inputs = torch.cat([x, x]) if guided else x
         inputs = inputs.to(network.dtype)
-        call = {"num_iters": plan.iterations[step], "init_state": state, **plan.solver} if plan.iterations else {}
+        call = {"num_iters": plan.iterations[step], "init_state": state, "solver": plan.solver} if plan.iterations else {}
         output = network(inputs, tables.timesteps[step], labels, **call)
         state = output.state if plan.reuse else False
         records.append((output.num_iters, output.residual))

@@ -12,8 +12,6 @@ import torch
 
 from brisk.schedules import expand, prediction_target, to_x0_eps
 
-LOSS_WEIGHTINGS = ("uniform", "p2", "min_snr")
-
 
 class Tables(NamedTuple):
     """A (respaced) process: one entry per step, index 0 the least noisy, all (N,)."""
@@ -170,7 +168,7 @@ def _discretised_log_likelihood(x, mean, log_scale):
 
 
 def loss_weights(tables, index, weighting, prediction_type):
-    """Weights (B,), float64, of the squared error of the prediction: `LOSS_WEIGHTINGS`.
+    """Weights (B,), float64, of the squared error of the prediction; `weighting` as `--loss_weighting` takes it.
 
     `p2` is SNR sqrt(1 - abar) on the error of x0 (arXiv 2204.00227 with k = 1, gamma = 1/2), that is abar sqrt(1 - abar) on
     v and sqrt(1 - abar) on epsilon; `min_snr` min(SNR, 5) / (SNR + 1) on v and / SNR on epsilon (arXiv 2303.09556).

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from brisk.options import UserError, redact
 
-NOT_UPLOADED = ["checkpoint-*", "checkpoint-*/**", ".checkpoint-*", ".checkpoint-*/**", "logs/**", "*.tmp"]
+NOT_UPLOADED = ["checkpoint-*", "checkpoint-*/**", "earlier-*/**", ".checkpoint-*", ".checkpoint-*/**",
+                "checkpoints/**", "logs/**", "*.tmp"]  # fmt: skip
 
 
 def create_repository(output_dir, model_id, token):
@@ -25,7 +26,7 @@ def upload(output_dir, repo_id, token, logging_dir):
 
     ignored = [*NOT_UPLOADED, f"{logging_dir}/**"]
     try:
-        upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message="Upload the distilled model",
+        upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message="Upload the trained model",
                       ignore_patterns=ignored, token=token)  # fmt: skip
     except Exception as error:
         reason = redact(" ".join(str(error).split())[:300], token)

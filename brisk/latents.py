@@ -6,6 +6,7 @@ Letters: B batch, C latent channels, h latent side, K classes, N samples, R imag
 """
 
 import contextlib
+import functools
 import json
 import os
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from brisk import class_images, data, sources
+from brisk.fpdm_options import SOURCES
 from brisk.latent_rows import PROBED, ArrayRows, FeatureRows, ReadLatent, SyntheticRows, probe
 from brisk.options import UserError, redact
 from brisk.samples import MANIFEST_KEY, metadata_of
@@ -20,11 +22,10 @@ from brisk.seeding import derive
 
 MANIFEST = "manifest.json"  # beside arrays and shards; beside features with the data set's name before it
 SAME_IN_ALL_SHARDS = ("size", "resolution", "scaling_factor", "vae", "classes")
-SOURCES = ("feature_path", "train_shards_path_or_url", "train_data_dir", "synthetic_data")
 
 
 class LatentOptions(NamedTuple):
-    """What the run trains on, and the shapes it needs."""
+    """What the run trains on (one of `SOURCES`), and the shapes it needs."""
 
     feature_path: str | None  # folder of features, arrays or shards
     dataset_name: str  # prefix of the folders of features
@@ -43,16 +44,10 @@ class LatentOptions(NamedTuple):
 
 def find_source(wanted):
     """(format, where) of the data that `wanted` names; `where` a folder, shard list or number. Raises UserError."""
-    given = [name for name in SOURCES if getattr(wanted, name) is not None]
-    if len(given) != 1:
-        raise UserError(
-            "give one of --feature_path (a folder of latents made by scripts/precompute_latents.py or in DiT's format), "
-            "--train_shards_path_or_url (shards of latents), --train_data_dir (a folder of images) and "
-            "--synthetic_data N (made-up latents)."
-        )
-    where = getattr(wanted, given[0])
-    if given[0] != "feature_path":
-        return {SOURCES[1]: "shards", SOURCES[2]: "images", SOURCES[3]: "synthetic"}[given[0]], where
+    [name] = [name for name in SOURCES if getattr(wanted, name) is not None]
+    where = getattr(wanted, name)
+    if name != "feature_path":
+        return {SOURCES[1]: "shards", SOURCES[2]: "images", SOURCES[3]: "synthetic"}[name], where
     folder, features = Path(where), f"{wanted.dataset_name}_features"
     if not folder.is_dir():
         raise UserError(f"--feature_path {where} is not a folder.")
@@ -74,6 +69,7 @@ def open_rows(wanted, say):
     """
     kind, where = find_source(wanted)
     rows = None
+    _head_of_shard.cache_clear()  # another run in this process may find other data
     if kind == "features":
         rows = FeatureRows(where, wanted.dataset_name, wanted.label_type)
     elif kind == "arrays":
@@ -86,7 +82,7 @@ def open_rows(wanted, say):
         rows = class_images.ClassImageRows(*class_images.list_class_images(where, wanted.label_type == "class"))
     _check_facts(read_facts(wanted, rows), wanted, rows, say)
     if kind != "images":
-        probe(rows if rows is not None else _head_of_shards(_urls(where))[1], wanted, redact(str(where)))
+        probe(rows if rows is not None else _head_of_shard(_urls(where)[0])[1], wanted, redact(str(where)))
     return rows
 
 
@@ -103,7 +99,7 @@ def read_facts(wanted, rows):
     if kind == "shards":
         urls = _urls(where)
         beside = _read_manifest(Path(urls[0]).parent / MANIFEST) if os.path.isfile(urls[0]) else {}
-        return beside | _head_of_shards(urls)[0]
+        return beside | _head_of_shard(urls[0])[0]
     return _read_manifest(Path(where) / (MANIFEST if kind == "arrays" else f"{wanted.dataset_name}_{MANIFEST}"))
 
 
@@ -130,7 +126,7 @@ def open_batches(wanted, rows, batch_size, accelerator, seed, position, say):
     if kind == "images":
         decode = class_images.CutClassImage(wanted.image_size, wanted.random_flip)
     else:
-        manifest, first = ({}, rows) if rows is not None else _head_of_shards(_urls(where))
+        manifest, first = ({}, rows) if rows is not None else _head_of_shard(_urls(where)[0])
         decode = ReadLatent(wanted, probe(first, wanted, redact(str(where))))
     if rows is not None:
         dataset = data.FolderBatches(rows, decode, batch_size, seed, rank, processes, position)
@@ -145,9 +141,10 @@ def _urls(where):
     return data.expand_shards(str(where))
 
 
-def _head_of_shards(urls):
-    """(manifest or {}, the first few samples) of the first shard. Raises UserError."""
-    facts, first, reading = {}, [], data.read_shard(urls[0])
+@functools.lru_cache(maxsize=1)  # the first shard is asked for several times before the first batch
+def _head_of_shard(url):
+    """(manifest or {}, the first few samples) of a shard. Raises UserError."""
+    facts, first, reading = {}, [], data.read_shard(url)
     try:
         for raw in reading:
             if raw["__key__"] == MANIFEST_KEY:
@@ -158,7 +155,7 @@ def _head_of_shards(urls):
                 break
     except (OSError, EOFError, tarfile.TarError) as error:
         if not first:
-            raise UserError(redact(f"the shard {urls[0]} cannot be read: {error}.")) from None
+            raise UserError(redact(f"the shard {url} cannot be read: {error}.")) from None
     finally:
         with contextlib.suppress(OSError):  # a pipe that is closed before its end complains
             reading.close()

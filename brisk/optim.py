@@ -63,11 +63,8 @@ class EMA:
         self._refresh()
 
 
-OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
-
-
 def create_optimizer(name, parameters, learning_rate, betas, weight_decay, epsilon, device, warn):
-    """One of `OPTIMIZERS`: AdamW, fused; with 8-bit states (bitsandbytes); Adafactor without its own schedule.
+    """`adamw`, fused; `adamw8bit`, with 8-bit states (bitsandbytes); `adafactor` without its own schedule.
 
     Where bitsandbytes is missing: UserError on CUDA; elsewhere `warn` gets a sentence and plain AdamW is used.
     Adafactor is transformers' with fixed steps, no momentum and its own epsilons; torch's differs.
@@ -86,19 +83,22 @@ def create_optimizer(name, parameters, learning_rate, betas, weight_decay, epsil
 
             return bitsandbytes.optim.AdamW8bit(parameters, **settings)
         if device.type == "cuda":
-            raise UserError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
-        warn("--use_8bit_adam: bitsandbytes is not installed (pip install bitsandbytes), plain AdamW is used.")
+            raise UserError("8-bit Adam needs bitsandbytes: pip install bitsandbytes")
+        warn("8-bit Adam: bitsandbytes is not installed (pip install bitsandbytes), plain AdamW is used.")
     return torch.optim.AdamW(parameters, fused=device.type in ("cuda", "cpu"), **settings)
 
 
-def create_lr_scheduler(name, optimizer, warmup_steps, total_steps):
-    """diffusers' schedule `name`, to be stepped once per optimizer step at any number of processes.
+def create_lr_scheduler(name, optimizer, warmup_steps, total_steps, step=0):
+    """diffusers' schedule `name` after `step` steps, to be stepped once per optimizer step at any number of processes.
 
     It is not handed to `accelerator.prepare`, which would step it once per process.
     """
     from diffusers.optimization import get_scheduler
 
-    return get_scheduler(name, optimizer=optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
+    for group in optimizer.param_groups if step else []:
+        group["initial_lr"] = group["lr"]
+    return get_scheduler(name, optimizer=optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps,
+                         last_epoch=step - 1)  # fmt: skip
 
 
 def prepare(accelerator, network, optimizer, batch_size, max_grad_norm):

@@ -406,7 +406,8 @@ def add_data_options(parser, dataloader_num_workers=0):
     add("--image_column", help="column of images in the dataset ('image') or of file names in metadata ('file_name')")
     add("--caption_column", help="column of captions, strings or lists of them; default 'text', else 'caption'")
     add("--precomputed_shards", "--cached_latents", help="shards of latents and embeddings made by scripts/precompute_latents.py")
-    add("--resolution", type=COUNT, help="the shorter side is resized to it, then cropped; default 512, SDXL 1024")
+    add("--resolution", type=COUNT,
+        help="the shorter side is resized to it, then cropped; default 512, SDXL 1024; of BK-SDM the teacher's")  # fmt: skip
     add_flag(group, "--center_crop", "crop the centre instead of a random square")
     add_flag(group, "--random_flip", "flip images left to right at random")
     add("--interpolation_type", default="bilinear", help="resize filter",

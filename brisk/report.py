@@ -54,6 +54,7 @@ def draw_picture(path, figures, pictures, prompts, title, axis):
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     rows = [(model, steps) for model, steps, _ in rows_of(figures)]
     columns = len(prompts)
@@ -83,9 +84,12 @@ def draw_picture(path, figures, pictures, prompts, title, axis):
     distance.set(ylabel="Fréchet distance to real images", yscale="log", xlabel=label)
     for plot in (quality, distance):
         plot.grid(alpha=0.3)
-        for scale in (plot.xaxis, distance.yaxis):  # plain numbers on logarithmic scales too
-            scale.set_major_formatter("{x:,g}")
-            scale.set_minor_formatter("{x:,g}" if scale is distance.yaxis else "")
+        plot.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        plot.xaxis.set_minor_formatter("")
+    # plain numbers on the logarithmic scale too, at 2 and 5 as well for ranges below a decade
+    distance.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    for set_formatter in (distance.yaxis.set_major_formatter, distance.yaxis.set_minor_formatter):
+        set_formatter("{x:g}")
     quality.legend(loc="center right")
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=110, bbox_inches="tight")

@@ -1,5 +1,6 @@
 """What a run says of itself: one status line and one metrics.jsonl row per interval, trackers, manifest."""
 
+import datetime
 import importlib.metadata
 import importlib.util
 import json
@@ -19,6 +20,7 @@ import yaml
 from brisk.checkpoint import write_atomically
 from brisk.options import UserError, redact
 
+PATIENCE = datetime.timedelta(hours=2)  # of a process for one that downloads, validates or uploads
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
 
 
@@ -65,19 +67,20 @@ def check_processes(accelerator, needs_whole_tensors=False):
     if started != accelerator.num_processes:
         raise UserError(
             f"{started} processes were launched and this one sees {accelerator.num_processes}: on CPUs set "
-            "ACCELERATE_USE_CPU=true, or launch with a config file such as configs/accelerate/two_cpu.yaml."
+            "ACCELERATE_USE_CPU=true in the environment, whatever launches them."
         )
 
 
 def create_accelerator(output_dir, logging_dir, accumulation, mixed_precision, report_to, needs_whole_tensors=False):
     """The Accelerator of a run; UserError for a launch, tracker or precision that cannot work here."""
     from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
     project = ProjectConfiguration(output_dir, logging_dir=str(Path(output_dir) / logging_dir))
     accelerator = Accelerator(
         gradient_accumulation_steps=accumulation, mixed_precision=usable_precision(mixed_precision),
         log_with=check_trackers(report_to), project_config=project,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=PATIENCE)],
     )  # fmt: skip
     check_processes(accelerator, needs_whole_tensors)
     return accelerator
@@ -121,6 +124,9 @@ def start_trackers(accelerator, project, options, folder):
     given, sys.argv = sys.argv, sys.argv[:1]  # wandb records the command line, a --hub_token in it included
     try:
         accelerator.init_trackers(project, options, init_kwargs={"wandb": {"dir": str(folder)}})
+    except Exception as error:  # each tracker raises its own
+        reason = redact(" ".join(str(error).split())[:300])
+        raise UserError(f"--report_to: the tracker does not start: {reason}") from None
     finally:
         sys.argv = given
 

@@ -1,5 +1,8 @@
 """What a Stable Diffusion run writes: pipelines in memory and on disk, sample grids, LoRA files, the model card."""
 
+import contextlib
+import csv
+import io
 import itertools
 import json
 from pathlib import Path
@@ -10,7 +13,7 @@ from brisk import runlog
 from brisk.checkpoint import write_atomically
 from brisk.network_files import complete, other_networks, save_network
 from brisk.optim import swapped
-from brisk.sd_models import load_lora_state, lora_state
+from brisk.sd_models import load_lora_state, lora_state, plain_config
 
 CARD = """---
 {base_model}library_name: diffusers
@@ -111,16 +114,16 @@ def build_pipeline(parts, unet, scheduler, with_extras=True):
 
 
 @torch.no_grad()
-def sample_images(pipeline, prompts, steps, seed, resolution, autocast, guidance_scale=1.0):
-    """PIL images for `prompts`; the U-Net in eval mode for the call, the VAE in its own precision outside autocast."""
+def sample_images(pipeline, prompt, number, steps, seed, resolution, autocast, guidance_scale=1.0):
+    """`number` PIL images for a prompt; the U-Net in eval mode for the call, the VAE in its own precision outside autocast."""
     was_training = pipeline.unet.training
     pipeline.unet.eval()
     generator = torch.Generator(pipeline.unet.device).manual_seed(seed)
     try:
         with autocast:
             latents = pipeline(
-                prompts, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generator,
-                height=resolution, width=resolution, output_type="latent",
+                prompt, num_images_per_prompt=number, num_inference_steps=steps, guidance_scale=guidance_scale,
+                generator=generator, height=resolution, width=resolution, output_type="latent",
             ).images  # fmt: skip
         vae = pipeline.vae
         decoded = [vae.decode(latent[None].to(vae.dtype) / vae.config.scaling_factor).sample for latent in latents]
@@ -134,8 +137,8 @@ def validate(accelerator, parts, networks, scheduler, prompts, step_counts, guid
              step, seed):  # fmt: skip
     """Sample each of `networks` (name -> U-Net) at each number of steps.
 
-    Writes PNG grids (a row per prompt) into `folder` and sends the images to the trackers. The modules are those
-    in memory: nothing is loaded again.
+    Writes PNG grids (a row per prompt) into `folder` and sends the images to the trackers. Each prompt starts from the
+    noise of `seed`, whatever the others are. The modules are those in memory: nothing is loaded again.
     """
     from diffusers.utils import make_image_grid
 
@@ -147,7 +150,8 @@ def validate(accelerator, parts, networks, scheduler, prompts, step_counts, guid
     captions = [prompt for prompt in prompts for _ in range(per_prompt)]
     for (name, network), count in itertools.product(networks.items(), step_counts):
         pipeline = build_pipeline(parts, network, scheduler, with_extras=False)
-        images = sample_images(pipeline, captions, count, seed, resolution, accelerator.autocast(), guidance_scale)
+        images = [image for prompt in prompts for image in sample_images(
+            pipeline, prompt, per_prompt, count, seed, resolution, accelerator.autocast(), guidance_scale)]  # fmt: skip
         make_image_grid(images, rows=len(prompts), cols=per_prompt).save(folder / f"{name}-{count}-steps.png")
         runlog.log_images(accelerator, f"validation/{name}-{count}-steps", images, captions, step)
     for module, home in zip(encoders, homes, strict=True):
@@ -226,15 +230,38 @@ def export_student(output, parts, student, weights, ema, scheduler, card):
     kind = "pipeline" if scheduler else "unet"
     card |= {"snippet": STUDENT_SNIPPETS[kind].format(**card), "parameters": size.parameters,
              "change": size.parameters / teacher_size.parameters - 1}  # fmt: skip
+    with torch.device("meta"):  # FSDP left the trained one with shards, and with a class of its own
+        network = type(parts.unet).from_config(plain_config(student))
     with complete(output):
         if ema:
-            save_network(student, output / "unet_raw", weights)
+            save_network(network, output / "unet_raw", weights)
         if scheduler:
-            student.load_state_dict(final)
-            build_pipeline(parts, student, scheduler).save_pretrained(output)
+            network.load_state_dict(final, assign=True)
+            build_pipeline(parts, network, scheduler).save_pretrained(output)
         else:
-            save_network(student, output / "unet", final)
+            save_network(network, output / "unet", final)
         write_card(output, STUDENT_CARD, card)
+
+
+def write_loss_table(output, epoch_steps, weights, say):
+    """log_loss.csv with the columns of BK-SDM's official script, from metrics.jsonl; `say` takes why there is none.
+
+    Args: `weights` {flag of a weight: its loss}.
+    """
+    names = ("epoch", "step", "global_step", "loss_total", *weights.values(), "lr",
+             *(name.replace("lambda", "lamb") for name in weights))  # fmt: skip
+    logged = ("loss", *weights.values(), "lr", *(f"weight/{term}" for term in weights.values()))
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(names)
+    try:
+        for line in (output / "metrics.jsonl").read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # cut short by a full disk
+                row = json.loads(line)
+                writer.writerow([*divmod(row["step"] - 1, epoch_steps), row["step"], *map(row.get, logged)])
+        write_atomically(output / "log_loss.csv", table.getvalue())
+    except OSError as error:
+        say(f"{output / 'log_loss.csv'} could not be written: {error.strerror}.")
 
 
 def write_card(output, template, values):

@@ -13,6 +13,7 @@ class Tokenize:
         self.tokenizers = tokenizers
 
     def __call__(self, text):
+        text = text.encode("utf-8", "replace").decode()  # tokenizers refuse lone surrogates
         return {
             f"input_ids_{number}": tokenizer(text, max_length=tokenizer.model_max_length, padding="max_length",
                                              truncation=True, return_tensors="pt").input_ids[0]
@@ -122,7 +123,8 @@ def sample_latents(batch, vae, scaling_factor, vae_batch_size, noise_generator):
 def encode_batch(parts, batch, blank, noise_generator, resolution, vae_batch_size, autocast):
     """Clean scaled latents (B, 4, h, w) float32, prompt embeddings, and SDXL's sizes (B, 6) or None.
 
-    Args: `batch` of `samples.ImageCaptions` or `samples.CachedLatents`; `blank`: the embeddings of dropped captions.
+    Args: `batch` of `samples.ImageCaptions` or `samples.CachedLatents`; `blank`: the embeddings of dropped captions,
+    None to drop none.
     """
     scaling_factor, chunk = parts.vae.config.scaling_factor, vae_batch_size or (8 if parts.is_xl else 32)
     latents = sample_latents(batch, parts.vae, scaling_factor, chunk, noise_generator)
@@ -135,21 +137,26 @@ def encode_batch(parts, batch, blank, noise_generator, resolution, vae_batch_siz
 def embeddings_of(parts, batch, blank, autocast, prefix=""):
     """Prompt embeddings and SDXL's pooled ones (else None) of a batch of token ids or embeddings; `blank` where dropped.
 
-    Args: `prefix` "extra_" for the second prompt of each sample.
+    Args: `blank` None to drop none; `prefix` "extra_" for the second prompt of each sample.
     """
     if f"{prefix}prompt_embeds" in batch:
         found = batch[f"{prefix}prompt_embeds"], batch[f"{prefix}pooled"] if parts.is_xl else None
     else:
         with autocast:
             found = encode_prompts(parts, [batch[f"{prefix}input_ids_{i}"] for i in range(len(parts.tokenizers))])
-    return choose(batch["empty"], blank, found)
+    return found if blank is None else choose(batch["empty"], blank, found)
 
 
-def swap_prompts(parts, batch, embeddings, blank, swapped, autocast):
-    """`embeddings` with those of other captions where `swapped` (B,): extra prompts of the batch, else its neighbours'."""
+def swap_prompts(parts, batch, embeddings, blank, swapped, draw, autocast):
+    """`embeddings`, none dropped yet, with other captions' where `swapped` (B,), then `blank` where dropped.
+
+    The other captions are the neighbours'; where the batch has extra prompts, those for half of the samples (all, if one),
+    chosen with the generator `draw`.
+    """
     others = tuple(None if part is None else part.roll(1, 0) for part in embeddings)
     if any(name.startswith("extra_") for name in batch):
-        others = embeddings_of(parts, batch, blank, autocast, "extra_")
+        own = torch.rand(len(swapped), generator=draw, device=swapped.device) < (0.5 if len(swapped) > 1 else 1)
+        others = choose(own, embeddings_of(parts, batch, None, autocast, "extra_"), others)
     return choose(batch["empty"], blank, choose(swapped, others, embeddings))
 
 

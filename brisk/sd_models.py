@@ -192,6 +192,8 @@ def speed_up(unet, channels_last, xformers, compile, warn):
         else:
             warn("xformers attention needs CUDA: torch's scaled_dot_product_attention is used, the maths are the same.")
     if compile:
+        # recomputed blocks do not repeat what hooks noted in the first pass
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         unet.compile()
 
 

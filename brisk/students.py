@@ -32,8 +32,8 @@ class Plan(NamedTuple):
         lines.append(f"preset: {self.preset or 'none, a config of its own'}")
         for name, size in zip(("teacher", "student"), self.sizes, strict=True):
             change = f" ({size.parameters / self.sizes[0].parameters - 1:+.1%})" if name == "student" else ""
-            lines.append(f"{name}: {size.parameters:,} parameters{change}, {size.total / 1e9:,.4g} GMACs a call, "
-                         f"{size.published / 1e9:,.4g} as papers count (no attention products)")  # fmt: skip
+            lines.append(f"{name}: {size.parameters:,} parameters{change}, {size.total:,} MACs a call, "
+                         f"{size.published:,} as papers count (no attention products)")  # fmt: skip
         return lines
 
 
@@ -110,26 +110,38 @@ def create(plan, teacher, copies_weights=True):
     from diffusers import UNet2DConditionModel
 
     if not copies_weights:
-        return UNet2DConditionModel.from_config(plan.config)
+        return _trainable(UNet2DConditionModel.from_config(plan.config))
     student, state = _shell(plan.config), teacher.state_dict()
     copied = {key: state[source].detach().float().clone() for key, source in plan.mapping.items()}
     student.load_state_dict(copied, assign=True)
-    return student.requires_grad_(True)
+    return _trainable(student)
+
+
+def _trainable(student):
+    student.requires_grad_(True)
+    if student.time_embedding.cond_proj is not None:  # never called here: DDP would miss its gradient
+        student.time_embedding.cond_proj.requires_grad_(False)
+    return student
 
 
 def load(source, cache_dir=None):
     """(student U-Net of a folder or hub id, its config). UserError."""
     from diffusers import UNet2DConditionModel
 
-    student = sd_models.load_network(UNet2DConditionModel, source, "unet", cache_dir).requires_grad_(True)
+    student = _trainable(sd_models.load_network(UNet2DConditionModel, source, "unet", cache_dir))
     return student, sd_models.plain_config(student)
 
 
-def report(plan):
-    """What `bksdm_report.json` says of a student: preset, sizes, where its weights came from."""
+def report(plan, copied, last):
+    """What `bksdm_report.json` says of a student: preset, sizes, which weights it took, the `last` row of the log or None.
+
+    Args: `copied`: whether it started from the teacher's weights.
+    """
     import hashlib
 
     lines = "\n".join(f"{key}\t{plan.mapping[key]}" for key in sorted(plan.mapping))
+    taken = {"weight_map_entries": len(plan.mapping), "weight_map_sha256": hashlib.sha256(lines.encode()).hexdigest()}
     sizes = [{**size._asdict(), "macs_total": size.total, "macs_published": size.published} for size in plan.sizes]
-    return {"preset": plan.preset, "teacher": sizes[0], "student": sizes[1], "weight_map_entries": len(plan.mapping),
-            "weight_map_sha256": hashlib.sha256(lines.encode()).hexdigest(), "feature_pairs": plan.pairs}  # fmt: skip
+    last = json.loads(json.dumps(last), parse_constant=lambda name: None)  # strict JSON has no NaN
+    return {"preset": plan.preset, "teacher": sizes[0], "student": sizes[1],
+            **(taken if copied else dict.fromkeys(taken)), "feature_pairs": plan.pairs, "last": last}  # fmt: skip

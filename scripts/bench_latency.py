@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from bench_step import BATCHES, check_output, check_size, synchronize, write_json
 
-from brisk import options
+from brisk import fpdm_options, options
 
 FAMILY = {"sd": "bk_base,bk_small,bk_tiny",
           "sdxl": "small_sd_xl,tiny_sd_xl,koala_1b,koala_700m,ssd_1b,segmind_vega"}  # fmt: skip
@@ -46,7 +46,8 @@ def parse_args(argv=None):
     add("--repeats", type=options.COUNT, default=5, help="timed repeats per row")
     options.add_flag(parser, "--channels_last", "channels_last memory format")
     options.add_flag(parser, "--compile", "torch.compile every U-Net, the fixed-point iteration, the DiT's blocks")
-    add("--compile_mode", default="default", help="of --method fpdm, e.g. reduce-overhead for CUDA graphs")
+    add("--compile_mode", choices=fpdm_options.COMPILE_MODES, default="default",
+        help="of --method fpdm; reduce-overhead: CUDA graphs")  # fmt: skip
     options.add_flag(parser, "--allow_tf32", "allow TF32 matrix products")
     add("--output", help="JSON file for the figures")
     args, given = options.parse(parser, argv)

@@ -1,18 +1,12 @@
 """The plain DiT and FPDM at several (timesteps x iterations) that bench_latency.py times, on random weights."""
 
-import functools
 import re
-import sys
-from pathlib import Path
 
 import torch
 from bench_latency import Entry
 from bench_step_fpdm import make_network, parse
 
 from brisk import fpdm_sampling, options
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the sampling script is not part of the package
-import sample_fpdm  # noqa: E402
 
 GUIDANCE = 4.0
 
@@ -48,22 +42,6 @@ def equal_cost_plans(network, plain, steps):
     return plans
 
 
-def compile_network(network, mode):
-    """torch.compile what is called most: of FPDM the iteration, as sample_fpdm.py does, of a DiT the blocks."""
-    if network.config.fixed_point:
-        sample_fpdm.compile_iteration(network, mode)
-        return
-    for block in network.blocks:
-        compiled = torch.compile(block.forward, mode=mode)
-        block.forward = compiled if mode == "default" else functools.partial(replay, compiled)
-
-
-def replay(compiled, *inputs):
-    """A call of a function compiled with CUDA graphs, which writes its next output over the last."""
-    torch.compiler.cudagraph_mark_step_begin()
-    return compiled(*inputs).clone()
-
-
 def make_entries(args, device, dtype):
     """(entries, latent side): the DiT and one `Entry` per plan of FPDM. UserError."""
     plain, network = (make_network(parse(args.size, fixed_point)).eval().requires_grad_(False) for fixed_point in (False, True))
@@ -74,7 +52,7 @@ def make_entries(args, device, dtype):
     for one in (plain, network):
         one.to(device, dtype)
         if args.compile:
-            compile_network(one, args.compile_mode)
+            one.compile_iteration(args.compile_mode)
     labels = torch.arange(args.batch_size, device=device) % plain.config.num_classes
 
     def sampling(one, plan):

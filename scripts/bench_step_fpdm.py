@@ -50,12 +50,10 @@ def macs_per_image(config, pairs):
 
     A backward pass counts as two forward passes; what is made once is counted once, recomputation is no work of the method.
     """
-    width, tokens = config["hidden_size"], (config["sample_size"] // config["patch_size"]) ** 2
-    parts = dit.macs(width, tokens)
     if pairs is None:
-        return 3 * config["num_layers"] * parts["block"]
-    depths, iteration = (config["pre_depth"], config["post_depth"]), parts["block"] + parts["injection_hoisted"]
-    return sum(n * iteration + 3 * dit.fixed_point_macs(width, tokens, *depths, m) for n, m in pairs) / len(pairs)
+        return 3 * dit.forward_macs(config)
+    iteration = dit.forward_macs(config, 1) - dit.forward_macs(config, 0)
+    return sum(n * iteration + 3 * dit.forward_macs(config, m) for n, m in pairs) / len(pairs)
 
 
 @torch.no_grad()

@@ -259,7 +259,7 @@ class Bksdm(UNetBench):
         super().__init__(setting, parts, students.create(plan, parts.unet), half, batch_size, half, device)
         self.plan = plan
         self.of_teacher, self.of_student = map(FeatureTaps, (self.teacher, self.student), zip(*plan.pairs, strict=True))
-        self.make_ready((self.teacher, self.student))
+        self.make_ready((self.teacher, self.student, self.ema.network))
         self.ema.work_in(torch.float32)
 
     @staticmethod

@@ -8,10 +8,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the training script is not part of the package
 
 import train_bksdm_distill
-from brisk import options
+from brisk import network_files, options
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 SHOWN = 8  # weights of each kind that an error names
 
 
@@ -48,7 +46,7 @@ def read_folder(folder, use_ema):
         why = "it was trained without --use_ema" if use_ema else "it is no checkpoint of train_bksdm_distill.py"
         raise options.UserError(f"{folder} has no folder {unet.name}: {why}.")
     try:
-        return UNet2DConditionModel.load_config(unet), load_file(unet / WEIGHTS)
+        return UNet2DConditionModel.load_config(unet), load_file(unet / network_files.FILE)
     except Exception as error:  # OSError, SafetensorError
         raise options.UserError(f"{unet} cannot be converted: {' '.join(str(error).split())[:300]}") from None
 
@@ -157,6 +155,8 @@ def make_student(args, recipe):
     import torch
     from diffusers import UNet2DConditionModel
 
+    from brisk import sd_models
+
     state_config, state = read_folder(args.input, args.use_ema) if Path(args.input).is_dir() else (None, read_pth(args.input))
     called, config = expected_config(args, recipe)
     with torch.device("meta"):
@@ -166,7 +166,7 @@ def make_student(args, recipe):
         with torch.device("meta"):
             student = UNet2DConditionModel.from_config(state_config)
         check(state, student, f"{args.input} does not fit its own config.json")
-    dtype = getattr(torch, DTYPES.get(args.dtype or args.variant, "float32"))
+    dtype = sd_models.DTYPES.get(args.dtype or args.variant, torch.float32)
     student.load_state_dict({name: tensor.to(dtype).contiguous() for name, tensor in state.items()}, assign=True)
     return student
 

@@ -4,6 +4,7 @@
 import functools
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -268,6 +269,15 @@ def finish_classes(args, parts, count):
     print(f"{written} samples of {named} written to {args.output_dir}; {sum(skipped.values())} skipped{reasons}.")
 
 
+def remove_earlier(folder):
+    """Delete the shards that an earlier run left: a shorter one would leave some of them among its own."""
+    earlier = [path for path in Path(folder).iterdir() if re.fullmatch(r"latents-\d{2}-\d{5}\.tar(\.tmp)?", path.name)]
+    for path in earlier:
+        path.unlink()
+    if earlier:
+        print(f"{len(earlier)} shards of an earlier run in {folder} are replaced.")
+
+
 def main(argv=None):
     args = parse_args(argv)
     from brisk import sd_models
@@ -291,6 +301,9 @@ def main(argv=None):
                                      args.pretrained_vae_model_name_or_path)  # fmt: skip
     resolution = sd_models.check_resolution(parts, args.resolution)
     manifest = {**sd_models.cache_manifest(parts, resolution), "text_embeddings": args.text_embeddings}
+    if state.is_main_process:
+        remove_earlier(args.output_dir)
+    state.wait_for_everyone()
     writer = ShardWriter(args.output_dir, state.process_index, manifest, args.samples_per_shard)
     sd_models.place(parts, state.device, sd_models.DTYPES[args.vae_dtype], torch.float32)
     tokenize = sd_inputs.Tokenize(parts.tokenizers)

@@ -22,9 +22,10 @@ NOTES = [
     "mib: the tensors that one step keeps for its backward pass, at the largest numbers of iterations of the training, counted "
     "by saved-tensor hooks. seconds per step: median over the log, both runs side by side on half of the cores each.",
     "Sampling. digit: share of images in which the oracle reads the digit that was asked for. frechet: distance to held-out "
-    "real images in the oracle's features, all seeds together, in which as many training images have training_images_frechet. ±: standard deviation over seeds. steps: timesteps. budget: in "
-    "steps of the DiT, what the timesteps cost at most. blocks: transformer blocks of one row, the measure of the paper. gmacs "
-    "per image: billions of multiply-accumulates, both rows of the guidance and the injection of the input included.",
+    "real images in the oracle's features, all seeds together; as many training images have training_images_frechet. ±: standard "
+    "deviation over seeds. steps: timesteps. budget: in steps of the DiT, what the timesteps cost at most. blocks: transformer "
+    "blocks of one row, the measure of the paper. gmacs per image: billions of multiply-accumulates, both rows of the guidance "
+    "and the injection of the input included.",
 ]
 
 
@@ -153,13 +154,14 @@ def training_row(folder, network):
 def draw_picture(path, training, figures, rows, digits, floor, title):
     """Samples beside what training cost and quality over the sampling budget.
 
-    Args: `rows` {what: images (N, 3, H, W) in [-1, 1], one per number of `digits`}; `floor` the Frechet distance of training images.
+    Args: `rows` {what: images (N, 3, H, W) in [-1, 1], one per number of `digits`}; `floor` the Frechet
+    distance of training images.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = plt.figure(figsize=(16, 9))
     left, right = figure.subfigures(1, 2, width_ratios=(8.4, 7.6))
@@ -186,6 +188,7 @@ def draw_picture(path, training, figures, rows, digits, floor, title):
     budgets = {row["gmacs_per_image"]: int(steps) for steps, row in figures["DiT"].items()}
     distance.set_xticks([*budgets], [f"{gmacs:.2g}\n{steps} step{'s' * (steps > 1)}" for gmacs, steps in budgets.items()])
     distance.xaxis.set_minor_locator(NullLocator())
+    distance.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     for formatter in (distance.yaxis.set_major_formatter, distance.yaxis.set_minor_formatter):  # plain numbers
         formatter("{x:,g}")
     quality.tick_params(labelbottom=False)

@@ -191,5 +191,14 @@ def test_speed_switches_change_nothing(flag, modes, plain, run, monkeypatch):
     assert_same(found, plain(), 2e-5, 1e-4)
 
 
+def test_a_compiled_and_checkpointed_student_trains_like_the_plain_one(plain, run, monkeypatch):
+    """The taps sit within the recomputed blocks."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="aot_eager"))
+    found = run("--compile", "--gradient_checkpointing", "--feature_set=self_attn")
+    torch._dynamo.reset()
+    assert_same(found, plain("--feature_set=self_attn"), 2e-5, 1e-4)
+
+
 def test_bf16_stays_close_to_float32(plain, run):
     assert_near(run("--mixed_precision=bf16"), plain(), start(plain), 0.2)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,8 +143,8 @@ def test_timed_pairs_have_the_means_of_the_training_draws(count):
 
 def test_floor_of_xl_is_that_of_the_paper_network():
     args = {kind: bench_step_fpdm.parse("xl2", kind) for kind in (True, False)}
-    config = bench_step_fpdm.fpdm_options.network_config(args[True])
-    assert (config["hidden_size"], config["num_layers"], config["sample_size"]) == (1152, 28, 32)
+    config = SimpleNamespace(**bench_step_fpdm.fpdm_options.network_config(args[True]))
+    assert (config.hidden_size, config.num_layers, config.sample_size) == (1152, 28, 32)
     # 28 blocks, 12 D^2 + 2 T D multiply-accumulates each, for 256 tokens
     assert bench_step_fpdm.macs_per_image(config, None) == 3 * 28 * 256 * (12 * 1152**2 + 2 * 256 * 1152)
     block, square = 256 * (12 * 1152**2 + 2 * 256 * 1152), 256 * 1152**2

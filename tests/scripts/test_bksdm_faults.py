@@ -12,7 +12,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import train_bksdm_distill as script
-from brisk import options, tiny
+from brisk import options, sd_export, tiny
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -240,3 +240,19 @@ def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run_naming_the_terms(ru
     assert caught.value.exit_code == 1 and message.startswith("10 steps in a row were not finite (teacher 10x, ")
     assert "loss_kd_output 10x" in message and "gradient 10x" in message
     assert "student" not in message and "loss_sd" not in message and "loss_kd_feat" not in message
+
+
+def test_a_loss_table_that_cannot_be_written_does_not_end_the_run(run_bksdm, tmp_path):
+    (tmp_path / "out/log_loss.csv").mkdir(parents=True)
+    run = run_bksdm(output=tmp_path / "out")
+    assert (run.output / "unet").is_dir()
+    assert run.log.count(f"{tmp_path}/out/log_loss.csv could not be written: Is a directory.") == 1
+
+
+def test_lines_of_the_log_that_were_cut_short_are_left_out_of_the_loss_table(tmp_path):
+    lines = [json.dumps({"step": step, "loss": 0.5, "loss_sd": step, "lr": 1, "weight/loss_sd": 2}) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], lines[1][:9], lines[2], lines[1][:9]]))
+    sd_export.write_loss_table(tmp_path, 2, {"lambda_sd": "loss_sd"}, pytest.fail)
+    assert (tmp_path / "log_loss.csv").read_text().splitlines() == [
+        "epoch,step,global_step,loss_total,loss_sd,lr,lamb_sd", "0,0,1,0.5,1,1,2", "1,0,3,0.5,3,1,2"
+    ]  # fmt: skip

@@ -141,6 +141,7 @@ def test_student_init_path_goes_on_from_an_own_student(run_bksdm, plain, still):
     assert_equal(weights(run.output), weights(plain.output))
     assert "--preset has no effect without a preset (--student_config or --student_init_path is set)." in run.log
     assert first(run) != first(still)
+    assert json.loads((run.output / "bksdm_report.json").read_text())["weight_map_sha256"] is None
 
 
 def test_without_copying_the_student_is_random(run_bksdm, still):
@@ -148,6 +149,9 @@ def test_without_copying_the_student_is_random(run_bksdm, still):
     copied = weights(still.output)
     same = [name for name, value in weights(run.output).items() if torch.equal(value, copied[name])]
     assert all(value.ndim == 1 for name, value in copied.items() if name in same), "biases and norms start alike"
+    for done, took in ((run, False), (still, True)):
+        report = json.loads((done.output / "bksdm_report.json").read_text())
+        assert [bool(report[name]) for name in ("weight_map_entries", "weight_map_sha256")] == [took] * 2
 
 
 # losses
@@ -241,7 +245,7 @@ def test_timestep_sampling_draws_as_it_says(run_bksdm, calls_of):
     assert len({tuple(call[2].tolist()) for call in calls}) == 3
 
 
-@pytest.mark.parametrize("sampling", bksdm.TIMESTEP_SAMPLING)
+@pytest.mark.parametrize("sampling", ["uniform", *bksdm.FAVOURED, "cubic"])
 def test_every_sampling_of_timesteps_is_a_choice(sampling):
     assert arguments(f"--timestep_sampling={sampling}")[0].timestep_sampling == sampling
 
@@ -277,7 +281,7 @@ def test_dropped_captions_are_zeros_or_the_empty_prompt(family, mode, zeros, run
 def test_random_conditioning_swaps_in_extra_prompts_and_takes_them_out_of_the_first_loss(run_bksdm, calls_of, plain, tmp_path):
     (tmp_path / "prompts.txt").write_text("a green circle\n\n")
     flags = ("--random_conditioning", "--random_conditioning_lambda=0", f"--extra_prompts_file={tmp_path}/prompts.txt")
-    embeddings, run, parts = embeddings_of(run_bksdm, calls_of, *flags)
+    embeddings, run, parts = embeddings_of(run_bksdm, calls_of, *flags, "--train_batch_size=1")
     torch.testing.assert_close(embeddings[0], encoded(parts, "a green circle")[0].expand_as(embeddings[0]))
     assert first(run)["loss_sd"] == 0 and first(run)["loss_kd_output"] > 0
     never = run_bksdm("--random_conditioning", "--random_conditioning_lambda=1e9", "--max_train_steps=1")
@@ -303,6 +307,7 @@ def test_learning_rate_is_scaled_by_the_global_batch_on_request(run_bksdm, plain
 
 @pytest.mark.parametrize(("flags", "name"), [
     ((), "AdamW"), (("--optimizer=adafactor",), "Adafactor"), (("--use_8bit_adam",), "AdamW"),
+    (("--optimizer=adamw8bit",), "AdamW"),
 ])  # fmt: skip
 def test_optimizer_is_the_one_named(flags, name, run_bksdm, calls_of, monkeypatch):
     monkeypatch.setattr(optim.importlib.util, "find_spec", lambda module: None)  # no bitsandbytes
@@ -314,6 +319,7 @@ def test_optimizer_is_the_one_named(flags, name, run_bksdm, calls_of, monkeypatc
     assert name == "Adafactor" or (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-4)
     assert ("--adam_beta1 has no effect without --optimizer adamw" in run.log) == (name == "Adafactor")
     assert ("bitsandbytes is not installed" in run.log) == (len(flags) == 1 and "8bit" in flags[0])
+    assert "use_8bit_adam" not in run.log
 
 
 def test_gradients_are_clipped_to_the_norm(run_bksdm, monkeypatch):
@@ -367,6 +373,28 @@ def test_validation_writes_a_grid_of_the_average_and_leaves_training_as_it_is(ru
     average = load_file(run.output / "unet/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, average[name]) for name, value in networks["student"].state_dict().items())
     assert [row["loss"] for row in run.rows] == [row["loss"] for row in plain.rows]
+
+
+def test_the_samples_of_a_prompt_do_not_depend_on_the_other_prompts(run_bksdm, calls_of):
+    calls = calls_of(sd_export, "sample_images")
+    for prompts in ("a red square|a dog", "a dog"):
+        run_bksdm(f"--validation_prompts={prompts}", "--validation_steps=1", "--max_train_steps=1",
+                  "--validation_inference_steps=2")  # fmt: skip
+    first, second, alone = ([image.tobytes() for image in call[2]] for call in calls)
+    assert second == alone and len({*first, *second}) == 4
+
+
+def test_the_average_has_the_memory_format_of_the_student(run_bksdm, monkeypatch):
+    seen, update = [], optim.EMA.update
+
+    def noting(self, parameters, decay):
+        update(self, parameters, decay)
+        weight = self.network.conv_in.weight
+        seen.append((weight.is_contiguous(memory_format=torch.channels_last), weight.data_ptr() == self.master[0].data_ptr()))
+
+    monkeypatch.setattr(optim.EMA, "update", noting)
+    run_bksdm("--channels_last", "--use_ema")
+    assert seen == [(True, True)] * 2
 
 
 def test_prediction_type_is_trained_and_exported(run_bksdm, calls_of):

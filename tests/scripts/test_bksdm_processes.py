@@ -4,8 +4,9 @@ import functools
 
 import pytest
 from conftest import BKSDM, read_rows
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
-from test_slam_processes import notes_of, run_pair
+from test_slam_processes import FSDP, ON_CPU, notes_of, run_pair
 
 from brisk import checkpoint
 
@@ -23,7 +24,7 @@ flush = runlog.RunLog.flush
 
 
 def digest(tensors):
-    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
+    return hashlib.sha256(b"".join(optim.whole(tensor.detach()).numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
 def noting_predict(unet, dtype, x, timesteps, *rest):
@@ -165,3 +166,20 @@ def test_stopped_by_a_signal_to_one_rank_the_pair_goes_on_bit_for_bit(straight, 
         file = f"{name}/diffusion_pytorch_model.safetensors"
         assert (tmp_path / "out" / file).read_bytes() == (straight[0] / file).read_bytes()
     assert (tmp_path / "out/log_loss.csv").read_text() == (straight[0] / "log_loss.csv").read_text()
+
+
+def test_sharded_weights_train_and_export_a_pipeline_like_replicated_ones(straight, pair, tmp_path):
+    flags = (*FLAGS, "--save_pipeline", "--validation_prompts=a", "--validation_steps=1")
+    codes, errors = pair(tmp_path / "notes", flags, ON_CPU + NOTING, **FSDP)
+    assert codes == [0, 0], errors
+    assert errors[0].count("FSDP shards the student, no samples are made") == 1
+    rows, expected = ([[row[key] for key in ("loss", "grad_norm")] for row in read_rows(folder)]
+                      for folder in (tmp_path / "out", straight[0]))  # fmt: skip
+    assert rows == [pytest.approx(values, rel=1e-2) for values in expected]
+    for name in ("unet", "unet_raw"):
+        ours, theirs = weights(tmp_path / "out", name), weights(straight[0], name)
+        assert ours.keys() == theirs.keys()
+        error = sum((ours[key] - theirs[key]).square().sum() for key in ours)
+        assert error < 1e-3 * sum(value.square().sum() for value in theirs.values()), name
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert type(pipeline.unet) is UNet2DConditionModel and pipeline.unet.config.mid_block_type is None

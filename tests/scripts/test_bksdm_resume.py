@@ -191,6 +191,22 @@ def test_changed_options_are_logged_and_old_checkpoints_are_deleted(unbroken, ru
     assert row["loss"] == pytest.approx(row["loss_sd"] + row["loss_kd_output"] + 0.5 * row["loss_kd_feat"], rel=1e-5)
 
 
+def test_loss_table_keeps_the_weights_that_its_rows_were_trained_with(unbroken, run_bksdm, flags_of, tmp_path):
+    shutil.copytree(unbroken().output, tmp_path / "out")
+    (tmp_path / "out/log_loss.csv").unlink()
+    run_bksdm(*flags_of(), "--resume_from_checkpoint=checkpoint-2", "--lambda_kd_feat=0.5", output=tmp_path / "out")
+    with open(tmp_path / "out/log_loss.csv", newline="") as file:
+        assert [row["lamb_kd_feat"] for row in csv.DictReader(file)] == ["1.0"] * 2 + ["0.5"] * 4
+
+
+def test_a_finished_checkpoint_is_exported_into_a_new_folder(unbroken, run_bksdm, flags_of, tmp_path):
+    source = unbroken().output
+    run = run_bksdm(*flags_of(), f"--resume_from_checkpoint={source}/checkpoint-{STEPS}", output=tmp_path / "out")
+    assert weights(run.output) == weights(source) and run.rows == []
+    reports = [json.loads((output / "bksdm_report.json").read_text()) for output in (source, run.output)]
+    assert reports[0].pop("last")["step"] == STEPS and reports[1].pop("last") is None and reports[0] == reports[1]
+
+
 def test_checkpoint_holds_what_its_page_says(unbroken):
     folder = unbroken(AVERAGE).output / "checkpoint-4"
     names = {path.name for path in folder.iterdir()}

@@ -88,8 +88,8 @@ def test_sizes_of_teacher_and_student_are_printed_and_reported(run):
     for name in ("teacher", "student"):
         parts = [report[name][part] for part in ("conv", "linear", "attention")]
         assert report[name]["macs_total"] == sum(parts) and min(parts) > 0
-        assert f"{report[name]['macs_total'] / 1e9:,.4g} GMACs" in done.log
-        assert f"{report[name]['macs_published'] / 1e9:,.4g} as papers count" in done.log
+        assert f"{report[name]['macs_total']:,} MACs" in done.log
+        assert f"{report[name]['macs_published']:,} as papers count" in done.log
     assert report["last"]["step"] == 2 and report["last"]["loss"] == done.rows[-1]["loss"]
     manifest = json.loads((done.output / "run_manifest.json").read_text())
     assert manifest["feature_pairs"] == len(report["feature_pairs"]) == 8 and manifest["global_batch"] == 2
@@ -115,6 +115,12 @@ def test_loss_table_has_the_official_columns_and_the_logged_numbers(run_bksdm, p
         found = [float(row[name]) for name in ("loss_total", "loss_sd", "loss_kd_output", "loss_kd_feat", "lr")]
         assert found == [logged[name] for name in ("loss", "loss_sd", "loss_kd_output", "loss_kd_feat", "lr")]
         assert [float(row[name]) for name in ("lamb_sd", "lamb_kd_output", "lamb_kd_feat")] == [0.5, 1.0, 0.25]
+
+
+def test_loss_table_of_an_endless_stream_has_one_epoch(run_bksdm):
+    done = run_bksdm("--max_train_steps=3", "--checkpointing_steps=2")
+    with open(done.output / "log_loss.csv", newline="") as file:
+        assert [(row["epoch"], row["step"]) for row in csv.DictReader(file)] == [("0", "0"), ("0", "1"), ("0", "2")]
 
 
 def test_only_the_student_trains_and_the_modes_are_right(run_bksdm, monkeypatch, models):
@@ -176,6 +182,13 @@ def test_noise_is_added_in_float32_under_any_precision(precision, run_bksdm, cal
 
 
 NOISY = {}
+
+
+@pytest.mark.parametrize(("flag", "count"), [("--use_ema", 1), ("--save_pipeline", 2)])
+def test_the_teacher_is_loaded_again_only_for_a_pipeline_of_it(flag, count, run_bksdm, calls_of):
+    calls = calls_of(sd_models, "load_parts")
+    run_bksdm(flag, "--mixed_precision=bf16", "--max_train_steps=1")
+    assert len(calls) == count
 
 
 @pytest.mark.parametrize("family", ["toy_sd1", "toy_sdxl"])

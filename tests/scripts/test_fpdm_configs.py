@@ -19,7 +19,8 @@ OFFICIAL = {"model": "DiT-XL/2", "image_size": 256, "in_channels": 4, "num_class
             "global_batch_size": 512, "learning_rate": 1e-4, "lr_scheduler": "constant", "adam_beta1": 0.9, "adam_beta2": 0.999,
             "adam_weight_decay": 0.0, "ema_decay": 0.9999, "class_dropout_prob": 0.1, "mixed_precision": "bf16", "allow_tf32": True,
             "num_train_epochs": 1400, "max_train_steps": None, "feature_path": "features", "dataset_name": "imagenet256",
-            "unsupervised": False, "predict_v": False, "use_zero_terminal_snr": False, "output_subdir": "runs"}  # fmt: skip
+            "unsupervised": False, "predict_v": False, "use_zero_terminal_snr": False, "output_subdir": "runs",
+            "checkpointing_steps": 5000, "checkpoints_total_limit": 2}  # fmt: skip
 LAYER = {"fixed_point": True, "fixed_point_no_grad_min_iters": 0, "fixed_point_no_grad_max_iters": 10,
          "fixed_point_with_grad_min_iters": 1, "fixed_point_with_grad_max_iters": 12,
          "fixed_point_pre_post_timestep_conditioning": False, "sync_iters": True}  # fmt: skip
@@ -98,7 +99,8 @@ def test_recipe_trains_two_steps(name, workplace, run_fpdm, monkeypatch):
     monkeypatch.chdir(workplace)
     flags = [f"--config={name}", "--mixed_precision=no", "--compile=False"]
     if name in OF_THE_DEMO:
-        flags += ["--synthetic_data=16", f"--vae={ROOT}/assets/tiny-teacher", "--lr_scheduler=constant"]
+        flags += ["--synthetic_data=16", f"--vae={ROOT}/assets/tiny-teacher", "--lr_scheduler=constant",
+                  "--image_size=32"]  # fmt: skip
     done = run_fpdm(*flags)
     assert [row["step"] for row in done.rows] == [1, 2] and all(np.isfinite(row["loss"]) for row in done.rows)
     args, _ = script.parse_args([f"--config={name}"])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import FPDM
+from conftest import FPDM, ROOT
 
 from brisk import fpdm, options, sd_inputs, tiny
 
@@ -138,6 +138,16 @@ def test_a_vae_of_other_channels_or_another_scale_than_the_data_is_refused(refus
     (tmp_path / "manifest.json").write_text('{"count": 4, "scaling_factor": 0.18215}')
     message = refused(f"--feature_path={tmp_path}", f"--vae={tmp_path / 'vae'}")
     assert "0.18215" in message and "0.5" in message and "--vae" in message
+
+
+@pytest.mark.parametrize("data", ["--synthetic_data=8", "--train_data_dir="])
+def test_a_vae_of_another_factor_is_refused(data, refused, tmp_path):
+    for number in range(4):
+        (tmp_path / f"images/{number % 2}").mkdir(parents=True, exist_ok=True)
+        tiny.random_image(np.random.default_rng(number), 40, 48).save(tmp_path / f"images/{number % 2}/{number}.png")
+    data += str(tmp_path / "images") * data.endswith("=")
+    message = refused(data, f"--vae={ROOT / 'assets/tiny-teacher'}", "--image_size=32", "--num_classes=2")
+    assert all(word in message for word in ("side 4", "16 pixels", "--image_size is 32", "--sample_size")), message
 
 
 def test_shards_without_an_end_need_a_number_of_steps(refused, tmp_path):

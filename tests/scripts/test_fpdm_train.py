@@ -5,6 +5,7 @@ import math
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -331,3 +332,27 @@ def test_official_file_is_written_beside_every_checkpoint_and_training_goes_on_f
     moved = load_file(again.output / "transformer_raw" / FILE)
     largest = max((moved[name] - raw[name]).abs().max().item() for name in raw)
     assert 1e-3 < largest < 0.02, "one step of Adam away from the file's weights"
+
+
+def test_learning_rate_goes_on_where_the_official_file_stopped(run_fpdm, tmp_path):
+    flags = (*FP, "--lr_scheduler=cosine", "--max_train_steps=4", "--lr_warmup_steps=1", "--export_pt", "--checkpointing_steps=2")
+    first = run_fpdm(*flags)
+    again = run_fpdm(*flags, f"--resume={first.output / 'checkpoints/0000002.pt'}", output=tmp_path / "again")
+    assert [row["lr"] for row in again.rows] == pytest.approx([row["lr"] for row in first.rows[2:]])
+    assert len({row["lr"] for row in first.rows}) == 4
+    assert "they begin anew" in again.log and "they begin anew" not in first.log
+
+
+def test_upload_leaves_out_every_kind_of_checkpoint(run_fpdm, monkeypatch):
+    import huggingface_hub
+
+    uploads = []
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda **named: SimpleNamespace(repo_id="me/net"))
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **named: uploads.append(named))
+    done = run_fpdm(*FP, "--push_to_hub", "--export_pt", "--checkpointing_steps=1", "--checkpoints_total_limit=1")
+    assert [path.name for path in (done.output / "checkpoints").iterdir()] == ["0000002.pt"]
+    [upload] = uploads
+    files = [str(path.relative_to(done.output)) for path in done.output.rglob("*") if path.is_file()]
+    sent = set(huggingface_hub.utils.filter_repo_objects(files, ignore_patterns=upload["ignore_patterns"]))
+    assert {"README.md", f"transformer/{FILE}", f"transformer_raw/{FILE}"} <= sent
+    assert not [name for name in sent if name.startswith("checkpoint")] and "distilled" not in upload["commit_message"]

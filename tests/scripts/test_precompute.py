@@ -150,6 +150,21 @@ def precompute_from(models, out, *flags):
     return shard_samples(out)
 
 
+def test_a_second_run_into_the_same_folder_leaves_no_shard_of_the_first(cache, models, shards, tmp_path, capsys):
+    flags = ("--center_crop", f"--train_shards_path_or_url={shards}")
+    long, other = tmp_path / "cache", tmp_path / "one.tar"
+    precompute_from(models, long, *flags, "--samples_per_shard=8")
+    with tarfile.open(other, "w") as tar:
+        precompute.add_file(tar, "a.txt", b"a caption")
+        picture = io.BytesIO()
+        Image.new("RGB", (40, 40)).save(picture, "png")
+        precompute.add_file(tar, "a.png", picture.getvalue())
+    assert len(list(long.glob("*.tar"))) == 4
+    raws = precompute_from(models, long, f"--train_shards_path_or_url={other}")
+    assert len(raws) == 1 and len(list(long.glob("*.tar"))) == 1
+    assert "4 shards of an earlier run" in capsys.readouterr().out
+
+
 def make_dataset(folder):
     """Five pictures with a caption, another one, and a list of them."""
     features = datasets.Features({

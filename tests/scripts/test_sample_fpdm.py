@@ -1,12 +1,14 @@
 """sample_fpdm.py on tiny networks: the published commands, files, restart, processes, bad inputs."""
 
 import argparse
+import datetime
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -171,6 +173,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(sample, tmp_path):
     assert f"{counts}, 50 in total" in printed
     _, printed = sample("pipeline", "--dry_run --fixed_point_iters 3 --fixed_point_reuse_solution")
     assert "[8, 3], 11 in total" in printed
+    folder, printed = sample("pipeline", "--dry_run --fixed_point_reuse_solution")
+    assert "[8, 4], 12 in total" in printed and "--fixed_point_iters-4--" in folder.name
     _, printed = sample("pipeline", "--dry_run --fixed_point_iters 3 --deq_reuse_solution --deq_first_iters 0 --fp_tol 0.1")
     assert "[3, 3], 6 in total, or fewer by tolerance" in printed
     _, printed = sample("pipeline", "--dry_run --fixed_point_iters 3 --adaptive --num_sampling_steps 250")
@@ -251,7 +255,7 @@ def test_checkpoints_of_a_run_are_named_after_it(sample, runs):
     assert one.keys() == two.keys() and all((one[name] == two[name]).all() for name in one)
 
 
-def test_compile_compiles_the_iteration_alone(sample, monkeypatch):
+def test_compile_compiles_the_iteration_or_the_blocks_of_a_plain_dit(sample, monkeypatch):
     seen = []
 
     def compiler(function, mode):
@@ -267,9 +271,12 @@ def test_compile_compiles_the_iteration_alone(sample, monkeypatch):
         seen.clear()
         folder, _ = sample("pipeline", f"--output_type latent --fixed_point_iters 3 --compile --compile_mode {mode} "
                            f"--output_dir {mode}")  # fmt: skip
-        assert seen == [("iteration", None if mode == "default" else mode)] * 6
+        assert seen == [("iteration", mode)] * 6
         for name, values in latents(folder).items():
             assert (values == np.load(plain / name)).all()
+    seen.clear()
+    _, printed = sample("plain", "--compile")
+    assert seen == [("forward", "default")] * 12 and "no effect" not in printed
 
 
 def test_debug_draws_one_batch_apart(sample):
@@ -301,6 +308,7 @@ def test_flags_without_effect_are_said(sample):
     ("pipeline", "--num_sampling_steps 2000", "1000 timesteps cannot be divided into 2000"),
     ("pipeline", "--num_sampling_steps many", "no positive number"),
     ("pipeline", "--iter_schedule decreasing --adaptive", "differ: give one"),
+    ("pipeline", "--compile --compile_mode fast", "--compile_mode.*fast"),
     ("pipeline", "--vae nowhere", "nowhere.* cannot be loaded.*give the folder of a VAE as --vae"),
     ("pipeline", "--unknown 3", "unknown flag --unknown"),
 ])  # fmt: skip
@@ -327,3 +335,58 @@ def test_bad_input_is_one_sentence_and_code_2(tmp_path, capsys):
 def test_help_loads_no_heavy_library():
     done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "sample_fpdm.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--deq_pre_depth" in done.stdout and " torch\n" not in done.stderr
+
+
+def test_a_tolerance_shared_by_the_batch_makes_it_a_setting(sample):
+    flags = "--output_type latent --fp_tol 0.05 --fixed_point_iters 9"
+    folder, _ = sample("pipeline", f"{flags} --batch_size 2")
+    settings = json.loads((folder / "args.json").read_text())["settings"]
+    assert (settings["batch_size"], settings["processes"]) == (2, 1)
+    with pytest.raises(options.UserError, match="holds samples whose batch size is 2, not 3"):
+        sample("pipeline", f"{flags} --batch_size 3")
+    for alone in (f"{flags} --fp_per_sample", "--output_type latent"):
+        for size in (2, 3):
+            folder, _ = sample("pipeline", f"{alone} --batch_size {size} --output_dir alone{len(alone)}")
+        assert "batch_size" not in json.loads((folder / "args.json").read_text())["settings"]
+
+
+def test_processes_wait_for_each_other_and_tf32_is_a_choice(sample, monkeypatch):
+    import accelerate
+
+    given, original = [], accelerate.PartialState
+    monkeypatch.setattr(accelerate, "PartialState", lambda **named: given.append(named) or original(**named))
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for flags, allowed in (("", True), ("--allow_tf32 False", False)):
+            sample("plain", f"{flags} --output_dir tf32-{allowed}")
+            assert torch.backends.cuda.matmul.allow_tf32 is allowed
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = before
+    assert given[0]["timeout"] >= datetime.timedelta(days=1)
+
+
+def test_files_are_written_while_the_next_batch_is_drawn_and_errors_surface(sample, monkeypatch):
+    drawn, save, draw = threading.Event(), sample_fpdm.save, fpdm_sampling.sample_latents
+    calls, waited = [], []
+
+    def note(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            drawn.set()
+        return draw(*args)
+
+    def wait_and_save(path, values):
+        waited.append(drawn.wait(20))
+        save(path, values)
+
+    monkeypatch.setattr(fpdm_sampling, "sample_latents", note)
+    monkeypatch.setattr(sample_fpdm, "save", wait_and_save)
+    folder, _ = sample("plain", "--batch_size 2")
+    assert waited == [True] * 3 and len(latents(folder)) == 3
+
+    def fail(path, values):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(sample_fpdm, "save", fail)
+    with pytest.raises(OSError, match="disk is full"):
+        sample("plain", "--output_dir full")

@@ -65,7 +65,7 @@ def test_result_is_uploaded_at_the_end_without_checkpoints_and_logs(pushed):
     run, files = runs["fast-model"], hub.files["someone/fast-model"]
     assert run.code == 0 and not run.errors, run.err
     assert hub.created.count("someone/fast-model") == 1
-    assert hub.commits["someone/fast-model"] == ["Upload the distilled model"]
+    assert hub.commits["someone/fast-model"] == ["Upload the trained model"]
     wanted = {"model_index.json", "README.md", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
               "unet_target/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
               "scheduler/scheduler_config.json", "train_config.yaml", "run_manifest.json"}  # fmt: skip

@@ -316,3 +316,19 @@ print("still here")
 def test_steps_are_read_from_names():
     names = ("checkpoint-12", "checkpoint-0", "a/checkpoint-7", "checkpoint-", "checkpoint-1x", "xcheckpoint-1")
     assert [checkpoint.step_of(name) for name in names] == [12, 0, 7, None, None, None]
+
+
+def test_a_new_run_moves_the_checkpoints_of_another_out_of_its_way(tmp_path):
+    said, output = [], tmp_path / "out"
+    checkpoint.set_aside_earlier(tmp_path / "new", None, pytest.fail)
+    for step in (5, 20):
+        (output / f"checkpoint-{step}").mkdir(parents=True)
+    (output / "metrics.jsonl").write_text("{}")
+    checkpoint.set_aside_earlier(output, output / "checkpoint-20", pytest.fail)
+    assert names(output) == ["checkpoint-20", "checkpoint-5", "metrics.jsonl"], "the same run goes on"
+    checkpoint.set_aside_earlier(output, None, said.append)
+    assert names(output) == ["earlier-1"] and names(output / "earlier-1") == ["checkpoint-20", "checkpoint-5", "metrics.jsonl"]
+    assert len(said) == 1 and "held checkpoint-5, checkpoint-20 of another run: moved to" in said[0]
+    (output / "checkpoint-3").mkdir()
+    checkpoint.set_aside_earlier(output, tmp_path / "elsewhere/checkpoint-3", said.append)
+    assert names(output) == ["earlier-1", "earlier-2"] and names(output / "earlier-2") == ["checkpoint-3"]

@@ -1,5 +1,9 @@
 """Unusable samples: skipped, counted, a reason to stop where too many are broken; one pass over rows or shards."""
 
+import os
+import subprocess
+import sys
+
 import datasets
 import numpy as np
 import pytest
@@ -93,6 +97,16 @@ def test_a_share_below_the_limit_goes_on_in_every_epoch(tmp_path):
         batches = stream(folder_of(files, seed=seed), broken_share=0.01)
         ids(batches, 3 * 30)
         assert batches.skipped["unreadable image"] >= 3
+
+
+def test_each_of_several_ranks_judges_by_its_share_of_the_files(tmp_path):
+    files = folder_with_bad_files(tmp_path, 400, range(0, 400, 10))
+    with pytest.raises(UserError, match="are unreadable, more than 1% of 100"):
+        ids(stream(folder_of(files, world=4), broken_share=0.01), 25)  # within its first epoch
+    (tmp_path / "few").mkdir()
+    files = folder_with_bad_files(tmp_path / "few", 400, (3, 50, 390))
+    for rank in range(4):
+        ids(stream(folder_of(files, rank=rank, world=4), broken_share=0.01), 25)
 
 
 def test_only_unreadable_samples_count_as_broken(tmp_path):
@@ -199,3 +213,19 @@ def test_batches_of_a_dataset_are_those_of_the_same_folder(tmp_path, workers):
     for _ in range(6):
         one, two = next(folder), next(again)
         assert np.array_equal(one["id"], two["id"]) and np.array_equal(one["draw"], two["draw"])
+
+
+def test_a_run_that_dies_does_not_wait_for_its_loader_processes(tmp_path):
+    """They outlive the first SIGTERM, which python sends at its end."""
+    number_folder(tmp_path, 12)
+    code = f"""
+import test_data
+from pathlib import Path
+files = [(path, path.stem) for path in sorted(Path({str(tmp_path)!r}).glob("*.png"))]
+batches = test_data.stream(test_data.folder_of(files), 2)
+next(batches)
+raise RuntimeError("out of luck")
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "out of luck" in done.stderr

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from brisk import dit, fpdm
+from brisk import dit, fpdm, fpdm_options
 
 pytestmark = pytest.mark.quick
 SIZES = {"sample_size": 4, "hidden_size": 16, "num_attention_heads": 2, "num_layers": 3, "num_classes": 5}
@@ -107,7 +107,8 @@ def test_hoisting_changes_neither_values_nor_gradients(without, with_grad, knows
 def test_iterations_without_gradient_and_with_it_apply_the_same_map():
     network = make()
     outputs = [network(*inputs(), pair).sample for pair in ((0, 4), (3, 1), (1, 3))]
-    outputs.append(network(*inputs(), 4).sample)
+    with torch.no_grad():
+        outputs.append(network(*inputs(), 4).sample)
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0], rtol=1e-12, atol=1e-12)
     assert not torch.allclose(network(*inputs(), (0, 5)).sample, outputs[0], atol=1e-4), "iterations must matter here"
@@ -285,7 +286,7 @@ def test_bf16_autocast_stays_close_and_gives_finite_float32_gradients(fixed_poin
 def test_residual_is_that_of_the_last_iteration_and_needs_no_graph():
     network = make()
     output = network(*inputs(), (2, 3))
-    before = network(*inputs(), 4).state
+    before = network.eval()(*inputs(), 4).state
     gap = (output.state - before).flatten(1).norm(dim=1) / output.state.flatten(1).norm(dim=1)
     torch.testing.assert_close(output.residual.double(), gap, rtol=1e-4, atol=0)
     assert not output.residual.requires_grad and output.num_iters.tolist() == [5, 5, 5]
@@ -308,3 +309,47 @@ def test_the_diffusers_class_recomputes_in_training_mode_alone_and_says_how_ofte
         dit.checkpoint = original
     assert torch.equal(first, second)
     assert network(x, 500, y).num_iters.tolist() == [3] * 3
+
+
+def test_what_cannot_be_solved_or_trained_is_refused():
+    solver = {"tolerance": 0.1}
+    with pytest.raises(ValueError, match="not for a pair"):
+        make()(*inputs(), (1, 1), solver=solver)
+    with pytest.raises(ValueError, match="not for a plain DiT"):
+        make(fixed_point=False)(*inputs(), 3, solver=solver)
+    with pytest.raises(TypeError):
+        make().eval()(*inputs(), 3, tolerance=0.1)
+    with pytest.raises(ValueError, match=r"num_iters=\(n, m\)"):
+        make()(*inputs(), 3)
+    with pytest.raises(ValueError, match=r"num_iters=\(n, m\)"):
+        make(torch.float32, kind=fpdm.FPDMTransformer2DModel).train()(*inputs(torch.float32))
+    assert make().eval()(*inputs(), 3, solver=solver).residual.isfinite().all()
+    assert make(fixed_point=False)(*inputs()).sample.requires_grad
+
+
+@pytest.mark.parametrize("fixed_point", [True, False])
+@pytest.mark.parametrize("mode", fpdm_options.COMPILE_MODES)
+def test_outputs_of_cuda_graphs_are_taken_out_of_the_way(mode, fixed_point, monkeypatch):
+    """A CUDA graph writes each output to the same place; here a function that does so stands in."""
+    marks, places = [], {}
+
+    def compiler(function, mode):
+        def compiled(*given):
+            found = function(*given)
+            if mode in ("default", "max-autotune-no-cudagraphs"):
+                return found
+            return places.setdefault(function, torch.empty_like(found)).copy_(found)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    network = make(fixed_point=fixed_point).eval()
+    with torch.no_grad():
+        expected = network(*inputs(), 5)
+        network.compile_iteration(mode)
+        found = network(*inputs(), 5, solver={"solver": "anderson"} if fixed_point else None)
+        plain = network(*inputs(), 5)
+    assert torch.equal(plain.sample, expected.sample)
+    assert len(marks) == (0 if "reduce" not in mode and mode != "max-autotune" else 10 if fixed_point else 6)
+    assert found.sample.isfinite().all() and (not fixed_point or (found.residual > 0).all())

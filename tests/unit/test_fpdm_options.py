@@ -392,3 +392,20 @@ def test_going_on_with_another_network_names_the_flag_and_both_values():
             fpdm_options.check_same_network(config_of(), config_of(*flags), "P")
         assert str(refused.value) == sentence
     fpdm_options.check_same_network(config_of("--fixed_point"), config_of("--deq"), "P")
+
+
+def test_old_official_files_are_deleted_and_what_was_just_written_stays(tmp_path):
+    network, content = official()
+    ema, optimizer = optim.EMA(copy.deepcopy(network)), trained(network)
+
+    def names(*steps, limit):
+        for step in steps:
+            path = tmp_path / f"checkpoints/{step:07d}.pt"
+            fpdm.write_pt(path, network, ema, optimizer, options.public(content["args"]), step, limit)
+        return sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+
+    assert len(names(1, 2, 3, 4, limit=None)) == 4
+    (tmp_path / "checkpoints/mine.pt").touch()
+    assert names(5, limit=9) == [*(f"000000{step}.pt" for step in range(1, 6)), "mine.pt"]
+    assert names(6, limit=2) == ["0000005.pt", "0000006.pt", "mine.pt"]
+    assert names(3, limit=1) == ["0000003.pt", "mine.pt"], "a run that went back to an older step"

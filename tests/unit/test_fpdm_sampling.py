@@ -288,7 +288,7 @@ def test_the_saved_folder_samples_in_stock_pipelines(saved, cls):
         assert weight.equal(network.state_dict()[name]), name
 
 
-def test_the_exported_scheduler_steps_as_we_do():
+def test_the_exported_scheduler_steps_as_we_do(monkeypatch):
     network = make_network()
     scheduler = fpdm.export_scheduler(network.config)
     assert (scheduler.config.variance_type, scheduler.config.timestep_spacing) == ("learned_range", "linspace")
@@ -304,6 +304,15 @@ def test_the_exported_scheduler_steps_as_we_do():
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     zero = fpdm.export_scheduler(make_network(prediction_type="v_prediction", zero_terminal_snr=True).config)
     assert zero.alphas_cumprod[-1] == 0 and zero.config.prediction_type == "v_prediction"
+    fixed = make_network(out_channels=4).config
+    for kind in (True, False):
+        scheduler = fpdm.export_scheduler(fixed, sees_variance=kind)
+        assert scheduler.config.variance_type == "fixed_large"
+    scheduler.set_timesteps(10)
+    theirs = scheduler.step(output[:, :4], plan.timesteps[5], x, generator=torch.Generator().manual_seed(7)).prev_sample
+    monkeypatch.setattr(fpdm_sampling, "draw_noise", lambda *_: noise)
+    ours = fpdm_sampling.take_step(tables, output[:, :4], x, 5, plan, fixed, None)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     with pytest.raises(options.UserError, match="flow"):
         fpdm.export_scheduler(make_network(prediction_type="flow", out_channels=4).config)
 
@@ -342,8 +351,11 @@ def test_our_pipeline_needs_no_autoencoder_for_latents_and_saves_as_the_stock_on
     pipeline = FPDMPipeline(unlabelled, None, DDPMScheduler())
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline([0], num_inference_steps=2, output_type="latent").images.shape == (1, 4, 4, 4)  # guidance 1 by itself
-    load(FPDMPipeline, saved[1]).save_pretrained(tmp_path)
-    assert load(DiffusionPipeline, tmp_path).get_label_ids(["name 4", "word 4"]) == [4, 4]
+    load(FPDMPipeline, saved[1], DDIMScheduler).save_pretrained(tmp_path, variant="fp16", max_shard_size="10KB")
+    assert len(list((tmp_path / "transformer").glob("*.fp16*.safetensors"))) > 1
+    again = DiffusionPipeline.from_pretrained(tmp_path, variant="fp16")
+    assert type(again) is DiTPipeline and type(again.scheduler) is DDIMScheduler
+    assert again.get_label_ids(["name 4", "word 4"]) == [4, 4]
 
 
 def test_solution_reuse_inside_the_network():
@@ -361,6 +373,8 @@ def test_solution_reuse_inside_the_network():
     assert call(later, 500).sample.equal(warm.sample)
     assert call(later, 700).sample.equal(call_without(network, later, 700, labels))  # the timestep rose: a new run
     torch.testing.assert_close(call(later[:1], 300).sample, call_without(network, later[:1], 300, labels[:1]))  # another batch
+    call(x, 0)
+    assert call(later, 0).sample.equal(call_without(network, later, 0, labels))  # the same timestep: the next image
     network.enable_solution_reuse(False)
     assert call(later, 500).sample.equal(cold.sample)
     plan = make_plan(network, 3, "ddim", iterations=2)
@@ -396,12 +410,18 @@ def test_solution_reuse_under_the_stock_pipeline(saved):
     assert abs(images[True][0] - images[False][0]).max() > 0
 
 
-def test_labels_beyond_the_table_mean_no_label_and_none_is_one_too():
+def test_the_stock_null_label_means_no_label_and_none_is_one_too():
     network, x = make_network(), torch.randn(2, 4, 4, 4)
     with torch.no_grad():
         null = network(x, 10, torch.tensor([10, 10]), num_iters=2).sample
         assert network(x, 10, torch.tensor([1000, 1000]), num_iters=2).sample.equal(null)
         assert network(x, 10, num_iters=2).sample.equal(null)
+        for wrong in (11, 999, 1001, -1):
+            with pytest.raises(IndexError):
+                network(x, 10, torch.tensor([0, wrong]), num_iters=2)
+        many = make_network(num_classes=1200)
+        labels = torch.tensor([1000, 1200])
+        assert not many(x, 10, labels, num_iters=2).sample.equal(many(x, 10, labels.flip(0), num_iters=2).sample)
         unlabelled = make_network(label_type="none", num_classes=1)
         assert unlabelled(x, 10, num_iters=2).sample.equal(unlabelled(x, 10, torch.tensor([0, 0]), num_iters=2).sample)
         vectors = make_network(label_type="vector", label_dim=3)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from brisk import gaussian
+from brisk import fpdm_options, gaussian
 
 pytestmark = pytest.mark.quick
 STEPS = torch.tensor([0, 1, 100, 500, 900, 998, 999])
@@ -47,7 +47,7 @@ def test_a_perfect_prediction_recovers_image_and_noise(kind, zero_snr):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("weighting", gaussian.LOSS_WEIGHTINGS)
+@pytest.mark.parametrize("weighting", fpdm_options.LOSS_WEIGHTINGS)
 def test_everything_is_finite_at_every_step_of_zero_snr_and_v(weighting):
     tables, (x0, noise, logits) = tables_of(True), draws(1000)
     index = torch.arange(1000)

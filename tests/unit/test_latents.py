@@ -264,6 +264,16 @@ def test_shards_with_moments_beside_each_other_and_label_arrays(tmp_path):
     assert set(check_pairs(open_batches(options), "moments", 12, (2, C, H, H))) == set(range(12))
 
 
+def test_the_first_shard_is_opened_once_before_training(tmp_path, monkeypatch):
+    opened, read = [], data.read_shard
+    monkeypatch.setattr(data, "read_shard", lambda url: opened.append(url) or read(url))
+    options = write_shards(tmp_path, plain_members, manifest={"count": 12})
+    rows = latents.open_rows(options, print)
+    assert latents.read_facts(options, rows)["count"] == 12 and len(opened) == 1
+    latents.open_rows(options, print)
+    assert len(opened) == 2, "a new run looks anew"
+
+
 def test_bad_shards(tmp_path):
     def refused(members_of, match):
         with pytest.raises(UserError, match=match):
@@ -319,10 +329,7 @@ def test_manifests_of_arrays_and_features_count_the_samples(tmp_path):
         latents.open_rows(options, print)
 
 
-def test_one_source_must_be_given_and_be_unambiguous(tmp_path):
-    for changes in ({}, {"synthetic_data": 3, "feature_path": "x"}):
-        with pytest.raises(UserError, match="give one of --feature_path"):
-            latents.open_rows(wanted(**changes), print)
+def test_the_source_must_be_there_and_unambiguous(tmp_path):
     with pytest.raises(UserError, match="gone is not a folder"):
         latents.open_rows(wanted(feature_path="gone"), print)
     with pytest.raises(UserError, match="must hold one of .* it holds none of them"):

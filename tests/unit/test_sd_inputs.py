@@ -148,6 +148,34 @@ def test_dropped_prompts_get_the_blank_embeddings_whatever_the_batch_holds(loade
                 assert (one[batch["empty"]] == 7).all() and torch.equal(one[~batch["empty"]], plain[~batch["empty"]])
 
 
+@pytest.mark.parametrize("prompts", [None, ["Größe"]])
+def test_swapped_captions_are_the_neighbours_or_extra_ones_and_are_dropped_once(loaded, prompts):
+    parts, size = loaded["sd1"], 2000
+    decode = samples.ImageCaptions(sd_inputs.Tokenize(parts.tokenizers), 32, extra_prompts=prompts)
+    batch = {name: value.repeat(size // 2, *[1] * (value.ndim - 1)) for name, value in batch_of(decode, ["a cat", "a dog"]).items()}
+    batch["empty"] = torch.rand(size, generator=torch.Generator().manual_seed(1)) < 0.3
+    own, blank = torch.arange(float(size)).view(-1, 1, 1), torch.full((1, 1, 1), -1.0)
+    batch["prompt_embeds"], extra = own, torch.full((size, 1, 1), -2.0)
+    batch |= {"extra_prompt_embeds": extra} if prompts else {}
+    embeddings = sd_inputs.embeddings_of(parts, batch, None, contextlib.nullcontext())
+    assert torch.equal(embeddings[0], own), "none dropped yet"
+    swapped, draw = torch.arange(size) % 4 > 0, torch.Generator().manual_seed(0)
+    found = sd_inputs.swap_prompts(parts, batch, embeddings, (blank, None), swapped, draw, contextlib.nullcontext())[0].flatten()
+    assert torch.equal(found == -1, batch["empty"])
+    kept = ~batch["empty"]
+    assert torch.equal(found[kept & ~swapped], own.flatten()[kept & ~swapped])
+    others, drawn = found[kept & swapped], (found == -2)[kept & swapped]
+    assert drawn.float().mean().item() == pytest.approx(0.5 if prompts else 0, abs=0.05)
+    assert torch.equal(others[~drawn], own.roll(1).flatten()[kept & swapped][~drawn])
+
+
+def test_a_caption_with_half_a_surrogate_pair_is_encoded(loaded):
+    caption = "a cat \ud83d"
+    expected = sd_inputs.Tokenize(loaded["sd1"].tokenizers)("a cat ?")
+    assert torch.equal(sd_inputs.Tokenize(loaded["sd1"].tokenizers)(caption)["input_ids_0"], expected["input_ids_0"])
+    assert make_table(loaded["sd1"], [caption])(caption)["prompt_embeds"].isfinite().all()
+
+
 def test_encoding_online_happens_within_autocast(loaded):
     entered = []
 

@@ -116,6 +116,7 @@ def test_all_weights_that_do_not_fit_are_one_error(changes, words, config):
      "it has addition_embed_type text_time, the teacher's is None"),
     ({"block_out_channels": (8, 8, 16, 16, 16), "down_block_types": ("DownBlock2D",) * 5, "up_block_types": ("UpBlock2D",) * 5},
      "it has 5 levels, the teacher has 4"),
+    ({"time_cond_proj_dim": 16}, "time_cond_proj_dim 16, the teacher's is None."),
 ])  # fmt: skip
 def test_a_student_that_is_called_otherwise_is_refused_even_with_weights_of_its_own(changes, words, config):
     message = refused(students.make_plan, config, None, {**config, **changes}, 8, None, False)
@@ -139,7 +140,14 @@ def test_lines_give_both_sizes_and_on_request_the_removal_table(small):
     teacher, student = small.sizes
     assert "bk_small" in sizes[0] and sizes[1].startswith(f"teacher: {teacher.parameters:,} parameters, ")
     assert f"student: {student.parameters:,} parameters ({student.parameters / teacher.parameters - 1:+.1%}), " in sizes[2]
-    assert f"{student.total / 1e9:,.4g} GMACs" in sizes[2] and f"{student.published / 1e9:,.4g} as papers count" in sizes[2]
+    assert f"{student.total:,} MACs" in sizes[2] and f"{student.published:,} as papers count" in sizes[2]
+
+
+def test_the_table_leaves_out_what_the_student_alone_has(config):
+    plan = students.make_plan(config, None, {**config, "layers_per_block": 3}, 8, None, False)
+    rows = bksdm.removal_table(plan.mapping, plan.teacher_numels)
+    assert sum(kept for _, _, kept, _ in rows) == sum(plan.teacher_numels.get(name, 0) for name in plan.mapping.values())
+    assert len(plan.describe(with_table=True)) == len(rows) + 4
 
 
 # feature sets
@@ -209,6 +217,18 @@ def test_random_students_share_no_weight_with_the_teacher(small, teacher):
     assert not any(torch.equal(student.state_dict()[name], its[small.mapping[name]]) for name in wide)
 
 
+@pytest.mark.parametrize("way", ["copied", "random", "loaded"])
+def test_a_projection_that_is_never_called_is_not_trained(way, tmp_path):
+    teacher = tiny.make_unet("toy", time_cond_proj_dim=16)
+    plan = plan_of(sd_models.plain_config(teacher))
+    student = students.create(plan, teacher, way == "copied")
+    if way == "loaded":
+        student.save_pretrained(tmp_path)
+        student, _ = students.load(str(tmp_path))
+    frozen = [name for name, value in student.named_parameters() if not value.requires_grad]
+    assert frozen == ["time_embedding.cond_proj.weight"]
+
+
 @pytest.mark.parametrize("place", ["root", "unet"])
 def test_a_saved_student_is_loaded_trainable_with_its_config(place, small, teacher, tmp_path):
     student = students.create(small, teacher)
@@ -221,10 +241,11 @@ def test_a_saved_student_is_loaded_trainable_with_its_config(place, small, teach
 
 
 def test_the_report_tells_sizes_and_where_the_weights_came_from(small):
-    report = json.loads(json.dumps(students.report(small)))
+    report = json.loads(json.dumps(students.report(small, True, {"loss": float("nan"), "step": 3})))
     lines = "\n".join(f"{key}\t{small.mapping[key]}" for key in sorted(small.mapping))
     assert report["weight_map_sha256"] == hashlib.sha256(lines.encode()).hexdigest()
     assert report["weight_map_entries"] == len(small.mapping) and report["preset"] == "bk_small"
+    assert report["last"] == {"loss": None, "step": 3}
     assert report["feature_pairs"] == [list(pair) for pair in small.pairs]
     for name, size in zip(("teacher", "student"), small.sizes, strict=True):
         assert report[name]["parameters"] == size.parameters
