@@ -15,9 +15,13 @@ PACKAGE = {path.stem: path for path in sorted((ROOT / "brisk").glob("*.py"))}
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
 FILES = [*PACKAGE.values(), *sorted(ROOT.glob("*.py")), *sorted((ROOT / "scripts").glob("*.py"))]
 
-TENSORS = {"schedules", "fixed_point", "dirichlet", "metrics"}
-METHODS = {"splam", "bksdm", "feature_taps", "dit", "gaussian", "edm_nets", "solvers", "epd"}
-BLOCKS = {"dit": {"fixed_point"}, "epd": {"solvers"}, "bksdm": {"feature_taps"}}
+TENSORS = {"schedules", "sigmas", "fixed_point", "dirichlet", "metrics"}
+METHODS = {"splam", "bksdm", "feature_taps", "dit", "gaussian", "edm_nets", "solvers", "epd", "epd_distill",
+           "epd_policy", "denoiser_maps", "mixture"}  # fmt: skip
+BLOCKS = {
+    "dit": {"fixed_point"}, "bksdm": {"feature_taps"}, "epd": {"solvers"},
+    "epd_distill": {"epd", "solvers"}, "epd_policy": {"epd"},
+}  # fmt: skip
 # plumbing that may build a method's network
 BUILDERS = {"tiny", "denoisers", "sd_models", "students", "fpdm", "fpdm_options", "fpdm_sampling"}
 STAGES = [
