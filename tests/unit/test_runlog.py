@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import sys
 import types
 
 import pytest
@@ -173,3 +174,14 @@ def test_no_tracker_file_holds_the_hub_token_of_the_command_line(tmp_path, monke
     assert any(path.suffix == ".wandb" for path in files) and any("tfevents" in path.name for path in files)
     assert [path for path in files if token.encode() in path.read_bytes()] == []
     assert runlog.sys.argv[1] == f"--hub_token={token}", "it is put back"
+
+
+def test_a_tracker_that_does_not_start_is_one_sentence(tmp_path):
+    def refuse(*args, **settings):
+        raise RuntimeError("no API key\nconfigured")
+
+    accelerator = types.SimpleNamespace(log_with=["wandb"], init_trackers=refuse)
+    given = list(sys.argv)
+    with pytest.raises(UserError, match="--report_to: the tracker does not start: no API key configured"):
+        runlog.start_trackers(accelerator, "project", {}, tmp_path / "logs")
+    assert sys.argv == given
