@@ -50,6 +50,7 @@ def parse_args(argv=None):
     add("--fp_tol", type=options.NOT_NEGATIVE, default=0.0, help="stop at this relative residual; 0: never")
     add("--fp_min_iters", type=options.COUNT, default=1, help="but not before so many iterations")
     add("--fp_check_every", type=options.COUNT, default=2, help="iterations between two looks at the residual")
+    add("--fp_tol_over", choices=("mean", "max"), default="mean", help="of the residuals in the batch")
     options.add_flag(group, "--fp_per_sample", "each sample stops by itself")
     group = parser.add_argument_group("output")
     add = group.add_argument
@@ -90,8 +91,8 @@ def plan_of(args, network):
     from brisk import fpdm_sampling
 
     scale = args.cfg_scale or (1.0 if network.config.label_type == "none" else 4.0)
-    solver = fpdm_sampling.solver_settings(args.solver, args.fp_tol, args.fp_min_iters, args.fp_check_every, args.fp_per_sample,
-                                           args.log_convergence)  # fmt: skip
+    solver = fpdm_sampling.solver_settings(args.solver, args.fp_tol, args.fp_min_iters, args.fp_check_every, args.fp_tol_over,
+                                           args.fp_per_sample, args.log_convergence)  # fmt: skip
     try:
         return fpdm_sampling.make_plan(
             network, args.num_sampling_steps, "ddim" if args.ddim else "ddpm", args.eta, scale, args.cfg_channels,
@@ -108,7 +109,8 @@ def idle_flags(args, given, config):
              "fp_tol", "log_convergence")  # fmt: skip
     rules = dict.fromkeys(names, layer)
     rules |= dict.fromkeys(("fp_min_iters", "fp_check_every", "fp_per_sample"), (args.fp_tol, "--fp_tol"))
-    rules |= {"eta": (args.ddim, "--ddim"), "adaptive_type": (args.adaptive, "--adaptive"),
+    rules |= {"fp_tol_over": (args.fp_tol and not args.fp_per_sample, "--fp_tol, and leaving out --fp_per_sample"),
+              "eta": (args.ddim, "--ddim"), "adaptive_type": (args.adaptive, "--adaptive"),
               "compile_mode": (args.compile, "--compile"), "cfg_channels": (args.cfg_scale != 1, "guidance"),
               **dict.fromkeys(("save_npz", "vae"), (args.output_type == "png", "--output_type png")),
               "class_labels": (config.label_type != "none", "labels, the network knows none"),

@@ -27,11 +27,8 @@ class ListConfigs(argparse.Action):
         parser.exit()
 
 
-def parse_args(argv=None):
-    """(namespace, names of the flags that were given); see `--help`."""
-    parser = options.Parser(__doc__)
-    parser.add_argument("--list_configs", action=ListConfigs, nargs=0, help="print the names of the shipped configs")
-    parser.add_argument("--dump_config", help="write the resolved options to this YAML file and stop")
+def add_student_options(parser):
+    """Which networks: the teacher, and what the student keeps of it."""
     group = parser.add_argument_group("teacher and student")
     add, flag = group.add_argument, lambda *given: options.add_flag(group, *given)
     add("--pretrained_model_name_or_path", "--pretrained_teacher_model", required=True,
@@ -47,6 +44,10 @@ def parse_args(argv=None):
     add("--student_init_path", help="go on from this student (folder or hub id) instead of the teacher's weights")
     flag("--use_copy_weight_from_teacher", "start from the teacher's weights; False: from random ones", True)
     flag("--no_copy_weight_from_teacher", "the same as --use_copy_weight_from_teacher False")
+
+
+def add_method_options(parser):
+    """Losses, their weights, features, noise, times and captions."""
     group = parser.add_argument_group("method (arXiv 2305.15798)")
     add, flag = group.add_argument, lambda *given: options.add_flag(group, *given)
     weight = {"type": options.NOT_NEGATIVE, "default": 1.0}
@@ -69,6 +70,15 @@ def parse_args(argv=None):
     flag("--random_conditioning", "swap captions for others, the more the noisier the input (arXiv 2504.02011)")
     add("--random_conditioning_lambda", type=options.NOT_NEGATIVE, default=5.0, help="exp(-lambda (1 - t / T))")
     add("--extra_prompts_file", help="text file of captions to swap in, half of the time, besides those of the batch")
+
+
+def parse_args(argv=None):
+    """(namespace, names of the flags that were given); see `--help`."""
+    parser = options.Parser(__doc__)
+    parser.add_argument("--list_configs", action=ListConfigs, nargs=0, help="print the names of the shipped configs")
+    parser.add_argument("--dump_config", help="write the resolved options to this YAML file and stop")
+    add_student_options(parser)
+    add_method_options(parser)
     group = parser.add_argument_group("frozen networks")
     add, flag = group.add_argument, lambda *given: options.add_flag(group, *given)
     precision = {"choices": ("auto", "fp32", "fp16", "bf16"), "default": "auto"}

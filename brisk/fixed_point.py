@@ -71,13 +71,14 @@ def iteration_schedule(steps, mean, kind):
     return counts
 
 
-def solve(step, state, count, solver="picard", tolerance=0.0, minimum=1, check_every=2, per_sample=False, paired=False):
+def solve(step, state, count, solver="picard", tolerance=0.0, minimum=1, check_every=2, over="mean", per_sample=False,
+          paired=False):  # fmt: skip
     """At most `count` evaluations of `step` from `state`; fewer once the residual is at most `tolerance` (0: never).
 
     Args: `step(state, rows)` is the map for the samples `rows` (an index tensor, None: all). The residual is looked at every
-    `check_every` evaluations from `minimum` on: its mean over the batch, or with `per_sample` each one's own, where converged
-    samples keep their state and are left out of the batch once they are half of it; `paired`: sample b of the first half and
-    of the second (guidance) count as one.
+    `check_every` evaluations from `minimum` on: its mean over the batch (`over` max: its largest), or with `per_sample`
+    each one's own, where converged samples keep their state and are left out of the batch once they are half of it;
+    `paired`: sample b of the first half and of the second (guidance) count as one.
     Returns (state, evaluations (B,) int64, residual of the last evaluation (B,) float32).
     """
     looks = {n for n in range(minimum, count) if tolerance > 0 and n % check_every == 0}
@@ -88,7 +89,7 @@ def solve(step, state, count, solver="picard", tolerance=0.0, minimum=1, check_e
         image = step(state, None)
         if number == count or number in looks:
             rho = residual(image, state)
-            if number == count or rho.mean() <= tolerance:
+            if number == count or (rho.amax() if over == "max" else rho.mean()) <= tolerance:
                 break
         state = mixer.mix(state, image) if mixer else image
     return image, torch.full((len(image),), number, device=image.device), rho

@@ -26,8 +26,8 @@ class FPDMPipeline(DiTPipeline):
     @torch.no_grad()
     def __call__(self, class_labels, guidance_scale=None, generator=None, num_inference_steps=50, output_type="pil",
                  return_dict=True, *, eta=0.0, guided_channels=None, num_iters=None, iter_schedule="constant", first_iters=None,
-                 reuse_solution=None, solver="picard", fp_tol=0.0, fp_min_iters=1, fp_check_every=2, fp_per_sample=False,
-                 report_convergence=False):  # fmt: skip
+                 reuse_solution=None, solver="picard", fp_tol=0.0, fp_min_iters=1, fp_check_every=2, fp_tol_over="mean",
+                 fp_per_sample=False, report_convergence=False):  # fmt: skip
         """Sample one image per entry of `class_labels` (numbers, or vectors (B, label_dim)). ValueError.
 
         Args: `guidance_scale`: None for 4, or 1 for a network without labels; `generator`: one, or one per image;
@@ -43,7 +43,8 @@ class FPDMPipeline(DiTPipeline):
             labels = torch.tensor(class_labels, device=device).reshape(-1)
         if guidance_scale is None:
             guidance_scale = 1.0 if config.label_type == "none" else 4.0
-        settings = fpdm_sampling.solver_settings(solver, fp_tol, fp_min_iters, fp_check_every, fp_per_sample, report_convergence)
+        settings = fpdm_sampling.solver_settings(solver, fp_tol, fp_min_iters, fp_check_every, fp_tol_over, fp_per_sample,
+                                                report_convergence)  # fmt: skip
         reuse = config.reuse_solution if reuse_solution is None else reuse_solution
         plan = fpdm_sampling.make_plan(network, num_inference_steps, self._sampler(), eta, guidance_scale, guided_channels,
                                        num_iters, iter_schedule, first_iters, reuse, settings)  # fmt: skip

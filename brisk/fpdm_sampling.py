@@ -101,11 +101,12 @@ def make_plan(network, steps, sampler="ddpm", eta=0.0, guidance_scale=1.0, guide
     return Plan(timesteps, counts, sampler, eta, guidance_scale, guided_channels, reuse and config.fixed_point, settings)
 
 
-def solver_settings(solver="picard", tolerance=0.0, minimum=1, check_every=2, per_sample=False, measure=False):
+def solver_settings(solver="picard", tolerance=0.0, minimum=1, check_every=2, over="mean", per_sample=False, measure=False):
     """What `make_plan` takes as `solver`; {} for plain iteration whose residual nobody asks for (`measure`)."""
     if solver == "picard" and not tolerance and not measure:
         return {}
-    return {"solver": solver, "tolerance": tolerance, "minimum": minimum, "check_every": check_every, "per_sample": per_sample}
+    return {"solver": solver, "tolerance": tolerance, "minimum": minimum, "check_every": check_every, "over": over,
+            "per_sample": per_sample}  # fmt: skip
 
 
 def cost(network, plan):

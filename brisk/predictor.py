@@ -10,24 +10,15 @@ from typing import NamedTuple
 
 import torch
 
+from brisk.epd import STUDENTS, Tables, cost, effective
 from brisk.options import UserError
+from brisk.sigmas import SCHEDULES
 
 FORMAT, VERSION = "epd-predictor", 1
 STAGES = ("start", "distilled", "rl")
-STUDENTS = ("epd", "ipndm")
-SCHEDULES = ("polynomial", "logsnr", "time_uniform", "discrete", "flowmatch")
 GUIDANCE = (None, "uncond", "cfg", "cg")
-NAMES = ("r", "weight", "scale_dir", "scale_time")
+NAMES = Tables._fields
 SUM_TOLERANCE, RAW_TOLERANCE = 1e-5, 1e-6
-
-
-class Tables(NamedTuple):
-    """What a sampler uses, each (S, K) float64 on the CPU."""
-
-    r: torch.Tensor  # positions between the two sigmas of an interval, in (0, 1)
-    weight: torch.Tensor  # rows sum to 1
-    scale_dir: torch.Tensor  # c, factors of the directions
-    scale_time: torch.Tensor  # a, factors of the sigma that the network is told
 
 
 class Raw(NamedTuple):
@@ -52,20 +43,12 @@ class Solver(NamedTuple):
     fix_last_scale_dir: bool
 
 
-class Nfe(NamedTuple):
-    """Network evaluations: intervals S, sequential calls with the K points in one, evaluations in all per sample."""
-
-    intervals: int
-    para_nfe: int
-    total_nfe: int
-
-
 class Predictor(NamedTuple):
     """The content of a predictor file."""
 
     solver: Solver
     sigmas: torch.Tensor  # (N,) float64, decreasing
-    tables: Tables
+    tables: Tables  # (S, K) float64 on the CPU
     raw: Raw | None
     model: dict  # dataset, backend, backend_config, img_resolution, guidance_type, guidance_rate
     document: dict  # the whole file, entries that nothing here knows included
@@ -77,27 +60,20 @@ class Predictor(NamedTuple):
 
     @property
     def nfe(self):
-        """Its `Nfe`."""
-        return count_nfe(self.solver.num_steps, self.solver.num_points, self.solver.afs)
+        """Its network evaluations, `epd.Cost`; without guidance."""
+        return cost(self.solver.num_steps, self.solver.num_points, self.solver.afs)
 
 
-def count_nfe(num_steps, num_points, afs):
-    """The `Nfe` of N sigmas and K points; `afs`: the first evaluation is a formula."""
-    intervals = num_steps - 1
-    return Nfe(intervals, 2 * intervals - afs, intervals * (1 + num_points) - afs)
+def tables_of(raw, solver):
+    """The `epd.Tables` (S, K), float64, that `Raw` parameters stand for."""
+    parameters = Tables(*(part.double() for part in raw[:4]))
+    return effective(parameters, raw.scale_dir_range, raw.scale_time_range, solver.fix_last_scale_dir)
 
 
-def effective(raw, fix_last_scale_dir=False):
-    """The `Tables` that `Raw` parameters stand for: sigmoid, softmax, and 1 +- range around 1."""
-    wide = [part.double() for part in raw[:4]]
-
-    def scaled(rho, extent):
-        return 2 * extent * torch.sigmoid(rho / 2) + 1 - extent if extent else torch.ones_like(rho)
-
-    scale_dir = scaled(wide[2], raw.scale_dir_range)
-    if fix_last_scale_dir:
-        scale_dir = torch.cat([scale_dir[:-1], torch.ones_like(scale_dir[-1:])])
-    return Tables(torch.sigmoid(wide[0]), wide[1].softmax(1), scale_dir, scaled(wide[3], raw.scale_time_range))
+def count_nfe(solver):
+    """{intervals, para_nfe, total_nfe} of a `Solver`; see `epd.Cost`."""
+    counted = cost(solver.num_steps, solver.num_points, solver.afs)._asdict()
+    return {name: counted[name] for name in ("intervals", "para_nfe", "total_nfe")}
 
 
 def _whole(low, high=math.inf):
@@ -181,8 +157,7 @@ def _parse(document):
     sigmas = _check_sigmas(document["schedule"], solver.num_steps)
     tables = _check_tables(document["tables"], solver)
     raw = None if document.get("raw") is None else _check_raw(document["raw"], solver, tables)
-    expected = count_nfe(solver.num_steps, solver.num_points, solver.afs)
-    for name, value in expected._asdict().items():
+    for name, value in count_nfe(solver).items():
         stated = (document.get("nfe") or {}).get(name, value)
         need(stated == value, f"nfe.{name} is {_short(stated)}, its tables need {value}")
     return Predictor(solver, sigmas, tables, raw, document["model"], document)
@@ -253,7 +228,7 @@ def _check_raw(section, solver, tables):
         else:
             found[name] = _check_rows(section.get(name), f"raw.{name}", solver)
     raw = Raw(**{name: value.float() if torch.is_tensor(value) else float(value) for name, value in found.items()})
-    for name, ours, theirs in zip(NAMES, effective(raw, solver.fix_last_scale_dir), tables, strict=True):
+    for name, ours, theirs in zip(NAMES, tables_of(raw, solver), tables, strict=True):
         far = (ours - theirs).abs().max().item()
         need(far <= RAW_TOLERANCE, f"raw.{name} does not reproduce tables.{name} (they differ by {far:.2g})")
     return raw
@@ -265,7 +240,7 @@ def make(name, stage, solver, schedule, model, tables=None, raw=None, teacher=No
     Args: `solver` a `Solver`; `schedule`, `model`, `teacher`, `training`, `source`: their sections as dicts, `schedule`
     with "sigmas"; `tables` a `Tables`, by default those of `raw`. Raises UserError.
     """
-    tables = effective(raw, solver.fix_last_scale_dir) if tables is None else tables
+    tables = tables_of(raw, solver) if tables is None else tables
     document = {
         "format": FORMAT, "version": VERSION, "name": name, "stage": stage, "source": source,
         "solver": {**solver._asdict(), "midpoint": "geometric"},
@@ -295,7 +270,7 @@ def to_document(predictor):
     document["tables"] |= _table_section(predictor.tables)
     if predictor.raw is not None:
         document["raw"] = (document.get("raw") or {}) | _raw_section(predictor.raw)
-    document["nfe"] = (document.get("nfe") or {}) | predictor.nfe._asdict()
+    document["nfe"] = (document.get("nfe") or {}) | count_nfe(predictor.solver)
     return document
 
 

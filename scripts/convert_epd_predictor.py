@@ -2,7 +2,6 @@
 """Write a published EPD predictor (.pkl) as JSON or safetensors. Nothing in the pickle is executed."""
 
 import hashlib
-import math
 import sys
 from pathlib import Path
 
@@ -70,60 +69,50 @@ def plain(attributes):
     return found
 
 
-def discrete_sigmas(count, rho, low, high, betas, steps=1000):
-    """Sigmas of scaled-linear betas, log signal piecewise linear over time (float64); ends None: those of the betas."""
-    import numpy as np
+def noise_map(betas):
+    """The `sigmas.NoiseMap` of scaled-linear betas, given their (first, last) of 1,000; None for none."""
+    import torch
 
-    signal = 0.5 * np.log1p(-(np.linspace(*np.sqrt(betas), steps) ** 2)).cumsum()
-    knots = np.arange(1, steps + 1) / steps
-    start, end = (default if sigma is None else np.interp(0.5 * math.log1p(sigma**2), -signal, knots)
-                  for sigma, default in ((high, 1.0), (low, 1e-3)))  # fmt: skip
-    times = (start ** (1 / rho) + np.linspace(0, 1, count) * (end ** (1 / rho) - start ** (1 / rho))) ** rho
-    return np.sqrt(np.expm1(-2 * np.interp(times, knots, signal))).tolist()
+    from brisk import sigmas
+
+    if not betas:
+        return None
+    first_root, last_root = (beta**0.5 for beta in betas)
+    return sigmas.noise_map((1 - torch.linspace(first_root, last_root, 1000, dtype=torch.float64) ** 2).cumprod(0))
 
 
 def make_sigmas(kind, count, rho, low, high, betas, mu, shift):
     """The N sigmas of a schedule in float64. UserError for one that cannot be built."""
-    import numpy as np
+    from brisk import sigmas
 
-    place = np.linspace(0, 1, count)
-    if kind == "polynomial":
-        return ((high ** (1 / rho) + place * (low ** (1 / rho) - high ** (1 / rho))) ** rho).tolist()
-    if kind == "logsnr":
-        return np.exp(math.log(high) + place * math.log(low / high)).tolist()
-    if kind == "time_uniform":
-        eps, near, far = 1e-3, math.log1p(low**2), math.log1p(high**2)
-        slope = 2 * (near / eps - far) / (eps - 1)
-        times = (1 + place * (eps ** (1 / rho) - 1)) ** rho
-        return np.sqrt(np.expm1(slope * times**2 / 2 + (far - slope / 2) * times)).tolist()
-    if kind == "discrete" and betas:
-        return discrete_sigmas(count, rho, low, high, betas)
-    if kind == "flowmatch" and mu is not None:
-        return (math.exp(mu) / (math.exp(mu) + 1 / np.linspace(1, 1e-3, count) - 1)).tolist()
-    if kind == "flowmatch" and shift is not None:
-        def shifted(value):
-            return shift * value / (1 + (shift - 1) * value)
-
-        return shifted(np.linspace(shifted(1.0), shifted(1e-3), count)).tolist()
-    raise options.UserError(f"the sigmas of schedule {str(kind)[:40]!r} cannot be built from what the pickle says.")
+    try:
+        if kind == "flowmatch" and mu is None and shift is None:
+            raise ValueError("neither mu nor shift is known")
+        return sigmas.schedule(kind, count, low, high, rho, noise_map(betas), shift, mu).tolist()
+    except ValueError as error:
+        raise options.UserError(
+            f"the sigmas of schedule {str(kind)[:40]!r} cannot be built from what the pickle says: {str(error)[:200]}"
+        ) from None
 
 
 def schedule_of(values, loss, count):
     """The section `schedule` of the file, its N = `count` sigmas included. UserError."""
+    from brisk import sigmas
+
     kind, rho, dataset = values.get("schedule_type"), values.get("schedule_rho") or 1.0, values.get("dataset_name")
     inner = values.get("backend_config") or {}
     mu, shift = (first(name, values, inner) for name in ("flowmatch_mu", "flowmatch_shift"))
     if kind == "flowmatch" and mu is None and shift is None:
         mu, shift = SHIFTS.get(values.get("backend"), (None, None))
     betas = BETAS.get(dataset) if kind != "flowmatch" else None
-    known = discrete_sigmas(2, 1.0, None, None, betas)[::-1] if betas else ENDS.get(dataset, (None, None))
+    known = sigmas.sigma_range(noise_map(betas)) if betas else ENDS.get(dataset, (None, None))
     ends = dict(zip(("sigma_min", "sigma_max"), known, strict=True))
     low, high = (first(name, values, loss, ends) for name in ends)
     if kind in ("polynomial", "logsnr", "time_uniform") and None in (low, high):
         raise options.UserError(f"the pickle does not say between which sigmas its schedule {kind} runs.")
-    sigmas = make_sigmas(kind, count, rho, low, high, betas, mu, shift)
+    grid = make_sigmas(kind, count, rho, low, high, betas, mu, shift)
     flow = {"shift": None if mu is not None else shift, "mu": mu} if kind == "flowmatch" else None
-    return {"type": kind, "rho": rho, "sigma_min": low, "sigma_max": high, "flow": flow, "sigmas": sigmas}
+    return {"type": kind, "rho": rho, "sigma_min": low, "sigma_max": high, "flow": flow, "sigmas": grid}
 
 
 def first(name, *sources):
@@ -143,6 +132,8 @@ def convert(path, name, stage, source):
             raise options.UserError(f"{path} has no four tables of its num_steps - 1 rows and num_points columns.")
         ranges = [float(values.get(key) or 0) for key in ("scale_dir", "scale_time")]
         raw = predictor.Raw(*(weights[key].float() for key in WEIGHTS), *ranges)
+        if min(ranges) < 0:
+            raise options.UserError(f"{path} has the ranges scale_dir {ranges[0]:g} and scale_time {ranges[1]:g}; none can be negative.")
         solver = predictor.Solver(values.get("sampler_stu"), count, values["num_points"], bool(values.get("afs")),
                                   values.get("max_order"), bool(values.get("fcn")))  # fmt: skip
         model = {"dataset": dataset, "backend": values.get("backend") or BACKENDS.get(dataset)}

@@ -181,6 +181,25 @@ def calls_of(monkeypatch):
     return note
 
 
+@pytest.fixture
+def signal_at(monkeypatch):
+    """A function (number, step): the process sends itself the signal while that step is logged."""
+
+    def arrange(number, step):
+        from brisk import runlog
+
+        flush = runlog.RunLog.flush
+
+        def flush_and_signal(self, at, *args, **named):
+            if at == step:
+                os.kill(os.getpid(), number)
+            return flush(self, at, *args, **named)
+
+        monkeypatch.setattr(runlog.RunLog, "flush", flush_and_signal)
+
+    return arrange
+
+
 class Forked:
     """A child process that runs a script with everything imported already; as killable as any, without the start-up."""
 

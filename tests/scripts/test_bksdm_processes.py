@@ -5,86 +5,36 @@ import functools
 import pytest
 from conftest import BKSDM, read_rows
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from ranks import SHARED_DRAWS, notes_of, noting, run_pair
 from safetensors.torch import load_file
-from test_slam_processes import FSDP, ON_CPU, notes_of, run_pair
+from test_slam_processes import FSDP, ON_CPU
 
 from brisk import checkpoint
 
 STEPS = 4
 FLAGS = (f"--max_train_steps={STEPS}", "--checkpointing_steps=2", "--learning_rate=0.01", "--use_ema", "--preset=bk_tiny",
          "--adam_epsilon=1e-3")  # fmt: skip
-NOTING = '''
-import hashlib, json, os, signal
-import train_bksdm_distill as script
-from brisk import feature_taps, optim, runlog, sd_inputs, sd_models
+NOTING = noting(BKSDM, '''
+from brisk import feature_taps, sd_models
 
-rank, notes = int(os.environ["RANK"]), {"times": [], "inputs": [], "weights": [], "features": []}
-main, predict, update, read = script.main, sd_models.predict, optim.EMA.update, feature_taps.FeatureTaps.read
-flush = runlog.RunLog.flush
-
-
-def digest(tensors):
-    return hashlib.sha256(b"".join(optim.whole(tensor.detach()).numpy().tobytes() for tensor in tensors)).hexdigest()
+predict, read = sd_models.predict, feature_taps.FeatureTaps.read
 
 
 def noting_predict(unet, dtype, x, timesteps, *rest):
     if unet.training:
-        notes["times"].append(timesteps.tolist())
-        notes["inputs"].append(digest([x]))
+        note(times=timesteps.tolist(), inputs=digest([x]))
     return predict(unet, dtype, x, timesteps, *rest)
-
-
-def noting_update(self, parameters, decay):
-    parameters = list(parameters)
-    notes["weights"].append(digest(parameters))
-    return update(self, parameters, decay)
 
 
 def noting_read(self):
     features = read(self)
-    notes["features"].append([feature.requires_grad for feature in features])
+    if not features[0].is_meta:  # not when the pairs are checked, before any work
+        note(features=[feature.requires_grad for feature in features])
     return features
 
 
-def stopping_flush(self, step, *rest, **named):
-    if step == int(os.environ.get("STOP_AT", 0)) and rank == 1:  # one process is told to stop, both must
-        os.kill(os.getpid(), signal.SIGTERM)
-    return flush(self, step, *rest, **named)
-
-
-def noting_main(argv=None):
-    try:
-        main(argv)
-    finally:
-        with open(f"{os.environ['NOTES_TO']}/{rank}.json", "w") as file:
-            json.dump(notes, file)
-
-
-sd_models.predict, optim.EMA.update, script.main = noting_predict, noting_update, noting_main
-feature_taps.FeatureTaps.read, runlog.RunLog.flush = noting_read, stopping_flush
-'''
-SHARED_DRAWS = '''
-import torch
-from brisk import seeding
-
-generator = seeding.generator
-
-
-def halved(draw):
-    """What a process of twice the batch draws, of which each rank takes its half."""
-    def drawn(*shape, generator=None, **named):
-        if generator is None:
-            return draw(*shape, generator=generator, **named)
-        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        mine = slice(rank * shape[0], (rank + 1) * shape[0])
-        return draw((2 * shape[0], *shape[1:]), generator=generator, **named)[mine]
-
-    return drawn
-
-
-torch.rand, torch.randn = halved(torch.rand), halved(torch.randn)
-seeding.generator = lambda seed, process, *key, **named: generator(seed, 0, *key, **named)
-'''
+sd_models.predict, feature_taps.FeatureTaps.read = noting_predict, noting_read
+''')
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import signal
 import time
@@ -11,7 +10,7 @@ import pytest
 from conftest import BKSDM, read_rows
 from safetensors.torch import load_file
 
-from brisk import checkpoint, runlog
+from brisk import checkpoint
 from brisk.options import UserError
 
 STEPS = 6
@@ -67,23 +66,6 @@ def assert_same_run(output, expected):
     assert (output / "log_loss.csv").read_text() == (expected.output / "log_loss.csv").read_text()
     with open(output / "log_loss.csv", newline="") as file:
         assert [row["global_step"] for row in csv.DictReader(file)] == [str(step) for step in range(1, STEPS + 1)]
-
-
-@pytest.fixture
-def signal_at(monkeypatch):
-    """A function (number, step): the process sends itself the signal while that step is logged."""
-
-    def arrange(number, step):
-        flush = runlog.RunLog.flush
-
-        def flush_and_signal(self, at, *args, **named):
-            if at == step:
-                os.kill(os.getpid(), number)
-            return flush(self, at, *args, **named)
-
-        monkeypatch.setattr(runlog.RunLog, "flush", flush_and_signal)
-
-    return arrange
 
 
 @pytest.mark.parametrize("setup", SETUPS)

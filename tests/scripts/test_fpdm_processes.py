@@ -5,7 +5,7 @@ import functools
 import pytest
 from conftest import FPDM, read_rows
 from inprocess import assert_equal, weights
-from test_slam_processes import notes_of, run_pair
+from ranks import SHARED_DRAWS, notes_of, noting, run_pair
 
 import train_fpdm
 from brisk import checkpoint
@@ -14,75 +14,19 @@ STEPS = 4
 FLAGS = (f"--max_train_steps={STEPS}", "--checkpointing_steps=2", "--learning_rate=0.01", "--ema_decay=0.9", "--adam_epsilon=1e-5",
          "--fixed_point", "--deq_no_grad_max_iters=4", "--deq_with_grad_max_iters=4", "--global_batch_size=8",
          "--class_dropout_prob=0.4")  # fmt: skip
-NOTING = '''
-import hashlib, json, os, signal
-import train_fpdm as script
-from brisk import fpdm, optim, runlog
+NOTING = noting(FPDM, '''
+from brisk import fpdm
 
-rank, notes = int(os.environ["RANK"]), {"times": [], "inputs": [], "iterations": [], "weights": []}
-main, forward, update = script.main, fpdm.FPDMTransformer2DModel.forward, optim.EMA.update
-flush = runlog.RunLog.flush
-
-
-def digest(tensors):
-    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
+forward = fpdm.FPDMTransformer2DModel.forward
 
 
 def noting_forward(self, x, timesteps, labels, num_iters=None, **named):
-    notes["times"].append(timesteps.tolist())
-    notes["inputs"].append(digest([x]))
-    notes["iterations"].append(num_iters)
+    note(times=timesteps.tolist(), inputs=digest([x]), iterations=num_iters)
     return forward(self, x, timesteps, labels, num_iters, **named)
 
 
-def noting_update(self, parameters, decay):
-    parameters = list(parameters)
-    notes["weights"].append(digest(parameters))
-    return update(self, parameters, decay)
-
-
-def stopping_flush(self, step, *rest, **named):
-    if step == int(os.environ.get("STOP_AT", 0)) and rank == 1:  # one process is told to stop, both must
-        os.kill(os.getpid(), signal.SIGTERM)
-    return flush(self, step, *rest, **named)
-
-
-def noting_main(argv=None):
-    try:
-        main(argv)
-    finally:
-        with open(f"{os.environ['NOTES_TO']}/{rank}.json", "w") as file:
-            json.dump(notes, file)
-
-
-script.main, optim.EMA.update, runlog.RunLog.flush = noting_main, noting_update, stopping_flush
 fpdm.FPDMTransformer2DModel.forward = noting_forward
-'''
-SHARED_DRAWS = '''
-import torch
-from brisk import seeding
-
-generator = seeding.generator
-
-
-def halved(draw, shape_at):
-    """What a process of twice the batch draws, of which each rank takes its half."""
-    def drawn(*given, generator=None, **named):
-        given = list(given)
-        if generator is None:
-            return draw(*given, generator=generator, **named)
-        if isinstance(given[shape_at], int):
-            given[shape_at:] = [given[shape_at:]]
-        shape = given[shape_at]
-        given[shape_at] = (2 * shape[0], *shape[1:])
-        return draw(*given, generator=generator, **named)[rank * shape[0] : (rank + 1) * shape[0]]
-
-    return drawn
-
-
-torch.rand, torch.randn, torch.randint = halved(torch.rand, 0), halved(torch.randn, 0), halved(torch.randint, 1)
-seeding.generator = lambda seed, process, *key, **named: generator(seed, 0, *key, **named)
-'''
+''')
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import shutil
 import signal
 
@@ -11,7 +10,7 @@ from conftest import FPDM, read_rows
 from inprocess import assert_equal, weights
 from test_bksdm_resume import read_lines, wait_until
 
-from brisk import checkpoint, fpdm, runlog
+from brisk import checkpoint, fpdm
 from brisk.options import UserError
 
 STEPS = 6
@@ -43,23 +42,6 @@ def assert_same_run(output, expected):
     names = LOGGED + (OF_LAYER if "fp/residual" in expected.rows[0] else ())
     assert [[row[name] for name in names] for row in read_rows(output)] == [[row[name] for name in names] for row in expected.rows]
     assert [row["step"] for row in read_rows(output)] == list(range(1, STEPS + 1))
-
-
-@pytest.fixture
-def signal_at(monkeypatch):
-    """A function (number, step): the process sends itself the signal while that step is logged."""
-
-    def arrange(number, step):
-        flush = runlog.RunLog.flush
-
-        def flush_and_signal(self, at, *args, **named):
-            if at == step:
-                os.kill(os.getpid(), number)
-            return flush(self, at, *args, **named)
-
-        monkeypatch.setattr(runlog.RunLog, "flush", flush_and_signal)
-
-    return arrange
 
 
 @pytest.mark.parametrize("setup", SETUPS)

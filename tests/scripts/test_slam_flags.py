@@ -38,24 +38,6 @@ def weights(run, name="unet"):
     return load_file(run.output / f"{name}/diffusion_pytorch_model.safetensors")
 
 
-@pytest.fixture
-def noted(monkeypatch):
-    """A function (module, name): replaces module.name by itself, noting (args, kwargs, result) of every call."""
-
-    def note(module, name):
-        calls, original = [], getattr(module, name)
-
-        def wrapper(*args, **kwargs):
-            result = original(*args, **kwargs)
-            calls.append((args, kwargs, result))
-            return result
-
-        monkeypatch.setattr(module, name, wrapper)
-        return calls
-
-    return note
-
-
 # models
 
 
@@ -112,8 +94,8 @@ def test_own_vae_is_used_and_exported(layout, run_main, base_losses, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ("no", "bf16"))
-def test_vae_dtype_casts_the_encoder_for_training_and_not_the_exported_one(precision, run_main, models, noted):
-    calls = noted(sd_inputs, "latent_moments")
+def test_vae_dtype_casts_the_encoder_for_training_and_not_the_exported_one(precision, run_main, models, calls_of):
+    calls = calls_of(sd_inputs, "latent_moments")
     run = run_main("--vae_dtype=bf16", f"--mixed_precision={precision}", "--max_train_steps=1")
     assert next(calls[0][0][0].parameters()).dtype == torch.bfloat16
     exported, original = weights(run, "vae"), load_file(models["sd1"] / "vae/diffusion_pytorch_model.safetensors")
@@ -147,10 +129,10 @@ def test_fp16_without_a_gpu_is_a_warning_and_float32(run_main, base_losses):
     assert losses(run) == base_losses
 
 
-def test_vae_encode_batch_size_cuts_the_batch_and_changes_nothing(run_main, monkeypatch, noted):
+def test_vae_encode_batch_size_cuts_the_batch_and_changes_nothing(run_main, monkeypatch, calls_of):
     from diffusers import AutoencoderKL
 
-    calls = noted(AutoencoderKL, "encode")
+    calls = calls_of(AutoencoderKL, "encode")
     runs = [run_main("--train_batch_size=5", "--max_train_steps=1", *flags)
             for flags in ((), ("--vae_encode_batch_size=2",))]  # fmt: skip
     assert [len(call[0][1]) for call in calls] == [5, 2, 2, 1]
@@ -179,8 +161,8 @@ def test_flag_changes_what_comes_out(flag, run_main, plain):
     assert all(torch.isfinite(value).all() for value in after.values())
 
 
-def test_w_scale_is_handed_to_the_guided_step_in_the_convention_of_the_paper(run_main, noted):
-    calls = noted(splam, "guided_ddim_step")
+def test_w_scale_is_handed_to_the_guided_step_in_the_convention_of_the_paper(run_main, calls_of):
+    calls = calls_of(splam, "guided_ddim_step")
     run_main("--w_scale=3.5", "--max_train_steps=1")
     (args, _, (_, x0, _)), = calls
     cond, uncond, x, a, s = args[:5]
@@ -188,8 +170,8 @@ def test_w_scale_is_handed_to_the_guided_step_in_the_convention_of_the_paper(run
     torch.testing.assert_close(x0, (x - s * (cond + 3.5 * (cond - uncond))) / a)
 
 
-def test_huber_c_reaches_the_loss_and_is_said_to_do_nothing_under_l2(run_main, noted):
-    calls = noted(splam, "distillation_loss")
+def test_huber_c_reaches_the_loss_and_is_said_to_do_nothing_under_l2(run_main, calls_of):
+    calls = calls_of(splam, "distillation_loss")
     assert "has no effect" not in run_main("--loss_type=huber", "--huber_c=0.25", "--max_train_steps=1").log
     assert calls[0][0][2:] == ("huber", 0.25)
     assert "--huber_c has no effect without --loss_type huber" in run_main("--huber_c=0.25", "--max_train_steps=1").log
@@ -233,8 +215,8 @@ def test_lora_flags_shape_the_adapters(run_main):
 # data
 
 
-def test_center_crop_flip_and_filter_choose_the_pixels(run_main, noted, shards):
-    calls = noted(sd_inputs, "latent_moments")
+def test_center_crop_flip_and_filter_choose_the_pixels(run_main, calls_of, shards):
+    calls = calls_of(sd_inputs, "latent_moments")
 
     def pixels(*flags):
         calls.clear()
@@ -325,7 +307,7 @@ def test_folder_epoch_is_its_size_or_max_train_samples(run_main, monkeypatch, tm
     assert run.rows[-1]["step"] == 2 * 2
 
 
-def test_filters_of_shards_choose_by_size_and_watermark(run_main, noted, tmp_path):
+def test_filters_of_shards_choose_by_size_and_watermark(run_main, calls_of, tmp_path):
     with tarfile.open(tmp_path / "mixed.tar", "w") as tar:
         for number, (size, mark) in enumerate(((64, 0.0), (64, 0.9), (40, 0.0), (64, None), (40, 0.9))):
             picture = io.BytesIO()
@@ -335,7 +317,7 @@ def test_filters_of_shards_choose_by_size_and_watermark(run_main, noted, tmp_pat
                 entry = tarfile.TarInfo(f"{number}.{suffix}")
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
-    calls = noted(sd_inputs, "latent_moments")
+    calls = calls_of(sd_inputs, "latent_moments")
 
     def kept(*flags):
         calls.clear()
@@ -373,10 +355,10 @@ def test_schedule_and_warm_up_are_logged_at_each_step(name, run_main):
     assert [row["lr"] for row in run.rows] == pytest.approx(SCHEDULES[name], abs=1e-6)
 
 
-def test_8bit_adam_keeps_8bit_states_and_falls_back_with_a_warning(run_main, monkeypatch, noted):
+def test_8bit_adam_keeps_8bit_states_and_falls_back_with_a_warning(run_main, monkeypatch, calls_of):
     import bitsandbytes
 
-    calls = noted(optim, "create_optimizer")
+    calls = calls_of(optim, "create_optimizer")
     run_main("--use_8bit_adam", "--max_train_steps=1")
     optimizer = calls[0][2]
     assert isinstance(optimizer, bitsandbytes.optim.AdamW8bit)
@@ -425,7 +407,7 @@ def test_checkpoints_total_limit_keeps_the_newest(run_main):
     assert sorted(path.name for path in run.output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
 
 
-def test_validation_samples_at_gamma_one_and_leaves_training_untouched(run_main, noted, monkeypatch):
+def test_validation_samples_at_gamma_one_and_leaves_training_untouched(run_main, calls_of, monkeypatch):
     conditions, original = [], sd_export.build_pipeline
 
     def noting(*args, **kwargs):

@@ -1,14 +1,13 @@
 """Two gloo processes on the CPU: different draws, equal weights, exact resume, agreed stop; the accelerate configs."""
 
-import functools
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 import yaml
-from conftest import ROOT, environment, free_port, read_rows
+from conftest import ROOT, SLAM, environment, free_port, read_rows
+from ranks import notes_of, noting, run_pair
 from safetensors.torch import load_file
 
 from brisk import checkpoint
@@ -17,68 +16,33 @@ STEPS, STOP = 6, 3
 FLAGS = (f"--max_train_steps={STEPS}", "--checkpointing_steps=2", "--resume_from_checkpoint=latest", "--random_flip",
          "--lr_scheduler=cosine", "--lr_warmup_steps=2", "--learning_rate=0.01",
          "--gradient_accumulation_steps=2")  # fmt: skip
-DRIVER = '''
-import hashlib, json, os, signal
-import train_splam_distill_sd_wds as script
-from brisk import optim, options, runlog, sd_inputs, sd_models
+NOTING = noting(SLAM, '''
+from brisk import sd_inputs, sd_models
 
-rank, notes = int(os.environ["RANK"]), {"times": [], "inputs": [], "weights": [], "images": []}
-main, predict, update = script.main, sd_models.predict, optim.EMA.update
-flush, encode = runlog.RunLog.flush, sd_inputs.latent_moments
-
-
-def digest(tensors):
-    tensors = [optim.whole(tensor.detach()) for tensor in tensors]
-    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
+predict, encode = sd_models.predict, sd_inputs.latent_moments
 
 
 def noting_predict(unet, dtype, x, timesteps, *rest):
     if not unet.training and len(rest) == 1:  # the teacher's call
-        notes["times"].append(timesteps[: len(timesteps) // 2].tolist())
-        notes["inputs"].append(digest([x]))
+        note(times=timesteps[: len(timesteps) // 2].tolist(), inputs=digest([x]))
     return predict(unet, dtype, x, timesteps, *rest)
 
 
-def noting_update(self, parameters, decay):
-    parameters = list(parameters)
-    notes["weights"].append(digest(parameters))
-    return update(self, parameters, decay)
-
-
 def noting_encode(vae, pixels, size):
-    notes["images"] += [digest([image]) for image in pixels]
+    for image in pixels:
+        note(images=digest([image]))
     return encode(vae, pixels, size)
 
 
-def stopping_flush(self, step, *rest, **named):
-    if step == int(os.environ.get("STOP_AT", 0)) and rank == 1:  # one process is told to stop, both must
-        os.kill(os.getpid(), signal.SIGTERM)
-    return flush(self, step, *rest, **named)
-
-
-def noting_main(argv=None):
-    try:
-        main(argv)
-    finally:
-        with open(f"{os.environ['NOTES_TO']}/{rank}.json", "w") as file:
-            json.dump(notes, file)
-
-
-sd_models.predict, optim.EMA.update, script.main = noting_predict, noting_update, noting_main
-sd_inputs.latent_moments, runlog.RunLog.flush = noting_encode, stopping_flush
-'''
-
-
-def notes_of(folder):
-    """What the two ranks noted."""
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+sd_models.predict, sd_inputs.latent_moments = noting_predict, noting_encode
+''')
 
 
 @pytest.fixture(scope="module")
 def straight(base_flags, tmp_path_factory):
     """An unbroken run started by `accelerate launch` with configs/accelerate/two_cpu.yaml: (output, notes by rank)."""
     folder = tmp_path_factory.mktemp("straight")
-    (folder / "driver.py").write_text(DRIVER + "options.run(script.main)\n")
+    (folder / "driver.py").write_text(NOTING + "from brisk import options\noptions.run(script.main)\n")
     config = ROOT / "configs/accelerate/two_cpu.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port",
                str(free_port()), folder / "driver.py", *base_flags(f"--output_dir={folder / 'out'}", *FLAGS)]  # fmt: skip
@@ -88,29 +52,16 @@ def straight(base_flags, tmp_path_factory):
     return folder / "out", notes_of(folder)
 
 
-def run_pair(fork_script, folder, flags, code=DRIVER, **variables):
-    """Start both ranks by hand, so that each one's exit code is seen -> (exit codes, stderrs)."""
-    variables |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    variables |= {"ACCELERATE_USE_CPU": "true", "NOTES_TO": str(folder)}
-
-    def become(rank):
-        os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
-        exec(compile(code, "driver", "exec"), {"__name__": "driver"})
-
-    pair = [fork_script(*flags, whole=True, prepare=functools.partial(become, rank)) for rank in (0, 1)]
-    return [process.wait() for process in pair], [process.err() for process in pair]
-
-
 @pytest.fixture(scope="module")
 def broken(fork_script, base_flags, tmp_path_factory):
     """The same run stopped by a SIGTERM that only rank 1 gets, then continued."""
     folder = tmp_path_factory.mktemp("broken")
     (folder / "second").mkdir()
     flags = base_flags(f"--output_dir={folder / 'out'}", *FLAGS)
-    codes, errors = run_pair(fork_script, folder, flags, STOP_AT=str(STOP))
+    codes, errors = run_pair(fork_script, folder, flags, NOTING, STOP_AT=str(STOP))
     stopped_at = [checkpoint.step_of(path) for path in (folder / "out").glob("checkpoint-*")]
     finished = (folder / "out/unet").exists()
-    again, more = run_pair(fork_script, folder / "second", flags)
+    again, more = run_pair(fork_script, folder / "second", flags, NOTING)
     assert again == [0, 0], more
     return {"codes": codes, "errors": errors, "steps": stopped_at, "finished": finished, "output": folder / "out",
             "notes": notes_of(folder), "second": notes_of(folder / "second")}  # fmt: skip
@@ -203,7 +154,7 @@ def test_sharded_weights_train_stop_resume_and_export_like_replicated_ones(strai
     flags = base_flags(f"--output_dir={tmp_path / 'out'}", *FLAGS, "--validation_steps=4", "--validation_prompts=a|b",
                        "--num_validation_images=1", "--validation_num_inference_steps=1")  # fmt: skip
     for stop_at, expected in ((STOP, [143, 143]), (0, [0, 0])):
-        codes, errors = run_pair(fork_script, tmp_path, flags, ON_CPU + DRIVER, STOP_AT=str(stop_at), **FSDP)
+        codes, errors = run_pair(fork_script, tmp_path, flags, ON_CPU + NOTING, STOP_AT=str(stop_at), **FSDP)
         assert codes == expected, errors
     keys = ("loss", "grad_norm", "lr")
     for row, wanted in zip(read_rows(tmp_path / "out"), read_rows(straight[0]), strict=True):

@@ -131,23 +131,6 @@ def test_killed_at_every_critical_point_it_ends_like_an_unbroken_run(point, unbr
     assert [folder.name for folder in output.glob("*checkpoint-*")] == [f"checkpoint-{STEPS}"]
 
 
-@pytest.fixture
-def signal_at(monkeypatch):
-    """A function (number, step): the process sends itself the signal while that step is logged."""
-
-    def arrange(number, step):
-        flush = runlog.RunLog.flush
-
-        def flush_and_signal(self, at, *args, **named):
-            if at == step:
-                os.kill(os.getpid(), number)
-            return flush(self, at, *args, **named)
-
-        monkeypatch.setattr(runlog.RunLog, "flush", flush_and_signal)
-
-    return arrange
-
-
 @pytest.mark.parametrize(("setup", "number", "code"), (
     ("no workers", signal.SIGINT, 130), ("no workers", signal.SIGTERM, 143), ("two workers", signal.SIGINT, 130),
     ("two workers, accumulation", signal.SIGTERM, 143),

@@ -93,6 +93,16 @@ def test_early_exit_comes_at_the_first_look_where_the_mean_residual_is_small_eno
     assert rho[0] < tolerance / 10, "the slow sample alone would not have stopped there"
 
 
+def test_early_exit_can_wait_for_the_slowest_sample():
+    step, tolerance = Contraction([0.2, 0.8]), 0.02
+    largest = residuals(step, 30).amax(1)
+    expected = next(k for k in range(1, 31) if largest[k - 1] <= tolerance)
+    _, used, rho = fixed_point.solve(step, step.start(), 30, tolerance=tolerance, check_every=1, over="max")
+    assert used.tolist() == [expected] * 2 and rho.amax() <= tolerance
+    mean = fixed_point.solve(step, step.start(), 30, tolerance=tolerance, check_every=1)[1]
+    assert mean[0] < expected
+
+
 def test_a_budget_too_small_for_the_tolerance_is_kept():
     step = Contraction([0.99, 0.99])
     _, used, rho = fixed_point.solve(step, step.start(), 6, tolerance=1e-3)
