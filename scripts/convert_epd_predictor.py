@@ -133,7 +133,9 @@ def convert(path, name, stage, source):
         ranges = [float(values.get(key) or 0) for key in ("scale_dir", "scale_time")]
         raw = predictor.Raw(*(weights[key].float() for key in WEIGHTS), *ranges)
         if min(ranges) < 0:
-            raise options.UserError(f"{path} has the ranges scale_dir {ranges[0]:g} and scale_time {ranges[1]:g}; none can be negative.")
+            raise options.UserError(
+                f"{path} has the ranges scale_dir {ranges[0]:g} and scale_time {ranges[1]:g}; none can be negative."
+            )
         solver = predictor.Solver(values.get("sampler_stu"), count, values["num_points"], bool(values.get("afs")),
                                   values.get("max_order"), bool(values.get("fcn")))  # fmt: skip
         model = {"dataset": dataset, "backend": values.get("backend") or BACKENDS.get(dataset)}
