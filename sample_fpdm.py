@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from brisk import fpdm_options, options
+from brisk.image_folder import check_settings, read_json, save
 
 RUN_PARTS = re.compile(r"transformer(_ema|_raw)?|checkpoints|checkpoint-\d+|.*\.pt")  # below the folder of a run
 
@@ -129,14 +130,6 @@ def run_folder(ckpt):
     return path
 
 
-def read_json(path):
-    """What a JSON file holds; {} if there is no such file or it holds something else."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
 def class_names(args, config):
     """{class: name} of --class_names, the data set, or the checkpoint's pipeline or run; {} if none are known. UserError."""
     run, names = run_folder(args.ckpt), None
@@ -248,14 +241,6 @@ def settings_of(args, plan, network, vae_source, processes):
     return {"weights": sd_models.fingerprint(network), **plan, "vae": vae_source, **flags}
 
 
-def check_settings(folder, settings):
-    """UserError if `folder` holds images made with other settings."""
-    for name, before in read_json(folder / "args.json").get("settings", {}).items():
-        if name in settings and settings[name] != before:
-            raise options.UserError(f"{folder} holds samples whose {name.replace('_', ' ')} is {before}, not {settings[name]}: "
-                                    "remove it or give another --output_dir.")  # fmt: skip
-
-
 def load_vae(args, config):
     """(autoencoder, its source), (None, None) for latents. UserError."""
     from brisk import fpdm, sd_models
@@ -279,19 +264,6 @@ def decode(vae, latents):
     with torch.no_grad():
         images = vae.decode(latents / vae.config.scaling_factor).sample
     return (127.5 * images + 128).clamp(0, 255).permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()
-
-
-def save(path, values):
-    """Write a picture (H, W, 3), or latents, so that no half-written file can be seen."""
-    import numpy as np
-    from PIL import Image
-
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    if path.suffix == ".png":
-        Image.fromarray(values).save(temporary)
-    else:
-        np.save(temporary, values)
-    temporary.replace(path)
 
 
 def write_npz(folder, files):
@@ -360,7 +332,7 @@ def main(argv=None):
     # 3 models on the device, settings on disk
     vae, vae_source = load_vae(args, config)
     settings = settings_of(args, plan, network, vae_source, state.num_processes)
-    check_settings(folder, settings)
+    check_settings(folder, "args.json", settings, "remove it or give another --output_dir")
     state.wait_for_everyone()
     if state.is_main_process:
         runlog.open_output(0, folder)

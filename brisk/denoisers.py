@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from brisk import denoiser_maps, edm_nets, mixture, safe_pickle
+from brisk import denoiser_maps, edm_nets, mixture, safe_pickle, sigmas
 from brisk.options import UserError
 from brisk.sigmas import NoiseMap
 
@@ -32,11 +32,27 @@ class Denoiser:
     sigma_min: float  # the range it was trained on
     sigma_max: float
     flow: bool = False  # flow-matching states, else additive ones
+    shift: float | None = 3.0  # of a flow model's levels: static,
+    mu: float | None = None  # or by resolution
     table: NoiseMap | None = None  # of a model of discrete timesteps
     takes: str | None = None  # what it is conditioned on: classes, prompts, or None
     classes: int = 0  # how many
-    guides_itself: bool = False  # the scale is an input of the network: no second half, however large it is
+    guides_itself: bool = False  # guidance has no second half: its scale is the entry "guidance" of the condition, if it has one
     device: torch.device = torch.device("cpu")
+
+
+def grid(denoiser, kind, num_steps, rho=None, sigma_min=None, sigma_max=None):
+    """The N = `num_steps` noise levels of schedule `kind` for this model, (N,) float64 decreasing; see `sigmas.schedule`.
+
+    Args: `sigma_min`, `sigma_max`: None for the model's own. Raises ValueError for a schedule that does not fit the model.
+    """
+    if kind in sigmas.SCHEDULES and denoiser.flow != (kind == "flowmatch"):
+        takes = "flowmatch" if denoiser.flow else ", ".join(name for name in sigmas.SCHEDULES if name != "flowmatch")
+        raise ValueError(f"schedule_type is '{kind}'; a {'flow-matching' if denoiser.flow else 'diffusion'} model takes {takes}.")
+    table = denoiser.table and NoiseMap(denoiser.table.log_signal.cpu().double())
+    if kind != "discrete":
+        sigma_min, sigma_max = sigma_min or denoiser.sigma_min, sigma_max or denoiser.sigma_max
+    return sigmas.schedule(kind, num_steps, sigma_min, sigma_max, rho, table, denoiser.shift, denoiser.mu)
 
 
 def make_direction(denoiser, condition=None, unconditional=None, scale=1.0, classifier=None):
@@ -81,6 +97,8 @@ def direction_for(denoiser, given, batch, guidance_type=None, scale=1.0, negativ
 
         return make_direction(denoiser, denoiser.condition(given, batch), None, scale, of_rows)
     condition = denoiser.condition(None if guidance_type == "uncond" else given, batch)
+    if denoiser.guides_itself and guidance_type == "cfg" and "guidance" in condition:
+        condition = condition | {"guidance": torch.full_like(condition["guidance"], scale)}
     if guidance_type != "cfg" or scale == 1 or denoiser.guides_itself:
         return make_direction(denoiser, condition)
     if denoiser.takes is None:
@@ -109,6 +127,63 @@ def _classifier_gradient(denoiser, classifier, x, sigma, rows):
         return torch.autograd.grad(logarithm.sum(), inputs, create_graph=keeps_graph)[0]
 
 
+def frozen(network, dtype=None):
+    """`network` without gradients of its weights, in evaluation mode, cast to `dtype` if given."""
+    network.requires_grad_(False).eval()
+    return network if dtype in (None, network.dtype) else network.to(dtype)
+
+
+def image_side(resolution, own, multiple):
+    """`resolution` in pixels, None for the model's `own`. UserError unless it is a multiple of `multiple`."""
+    if resolution and resolution % multiple:
+        raise UserError(f"--resolution {resolution} must be a multiple of {multiple} for this model.")
+    return resolution or own
+
+
+def flow_range(shift):
+    """(sigma_min, sigma_max) of a flow model trained on 1000 timesteps whose levels are shifted by q: q s / (1 + (q - 1) s)."""
+    return shift / (1000 + shift - 1), 1.0
+
+
+def vp_model(network, scheduler, call, clip=False, rounded=False):
+    """(direction, `NoiseMap`) of a network trained on the discrete timesteps of the stock `scheduler`.
+
+    Args: `call(inputs, timestep, condition)` -> raw output (R, C, ...); `clip`: keep D in [-1, 1]; `rounded`: tell the network
+    the nearest trained timestep. Raises UserError for a scheduler without such timesteps.
+    """
+    from diffusers import DDPMScheduler
+
+    if "beta_schedule" not in scheduler.config:
+        raise UserError(f"the pipeline's {type(scheduler).__name__} has no betas, which its network needs.")
+    plain = DDPMScheduler.from_config(scheduler.config)
+    table = sigmas.noise_map((1 - plain.betas.double()).cumprod(0)).to(network.device)
+    kind = plain.config.prediction_type
+
+    def direction(x, sigma, condition):
+        timestep = denoiser_maps.vp_timestep(table, sigma, rounded)
+        inputs = denoiser_maps.vp_input(x, sigma).to(network.dtype)
+        output = call(inputs, timestep.long() if rounded else timestep, condition)
+        return denoiser_maps.vp_direction(output, x, sigma, kind, clip)
+
+    return direction, table
+
+
+def latent_decoder(vae):
+    """`Denoiser.decode` of a VAE, which is put into float32 (SDXL's overflows in half precision)."""
+    frozen(vae, torch.float32)
+    config = vae.config
+    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+
+    def decode(latents):
+        latents = latents.float() / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
+        if mean and std:
+            mean_row, std_row = (latents.new_tensor(values)[:, None, None] for values in (mean, std))
+            latents = latents * std_row + mean_row
+        return vae.decode(latents).sample
+
+    return decode
+
+
 def one_hot_or_none(labels, classes, device):
     """Labels (B,) as one-hot rows (B, classes) float32, zeros for None; None for a network without classes."""
     if not classes:
@@ -119,7 +194,9 @@ def one_hot_or_none(labels, classes, device):
 def edm(network, config, device="cpu", dtype=torch.float32):
     """The `Denoiser` of an `edm_nets.EDMPrecond`, in `dtype`. Args: `config`: what it was made with."""
     network = network.to(device).requires_grad_(False).eval()
-    network.model.to(dtype)
+    for name, part in network.model.named_children():
+        if name != "map_noise":  # its frequencies are large, half precision would turn their angles
+            part.to(dtype)
     side, classes = network.img_resolution, network.label_dim
 
     def condition(labels, batch):
@@ -180,7 +257,7 @@ def load_mixture(path, device="cpu", dtype=torch.float64):
     classes = 0 if world.class_weights is None else len(world.class_weights)
 
     def condition(labels, batch):
-        """Per row the log weights of the components."""
+        """Per row the weights of the components."""
         if not classes or labels is None:
             return world.weights.expand(batch, -1)
         return world.class_weights[labels.to(device)]

@@ -168,7 +168,7 @@ class SongUNet(nn.Module):
     def embed(self, noise, labels, augment):
         """Noise (B,), one-hot labels (B, L) and what says of augmentation, or None -> (B, E)."""
         cosines, sines = self.map_noise(noise).chunk(2, dim=1)
-        embedding = torch.cat([sines, cosines], dim=1)
+        embedding = torch.cat([sines, cosines], dim=1).to(self.map_layer0.weight.dtype)
         if self.map_label is not None:
             embedding = embedding + self.map_label(labels * math.sqrt(self.map_label.in_features))
         if self.map_augment is not None and augment is not None:
@@ -220,7 +220,7 @@ class DhariwalUNet(nn.Module):
 
     def embed(self, noise, labels, augment):
         """As for `SongUNet`."""
-        embedding = self.map_noise(noise)
+        embedding = self.map_noise(noise).to(self.map_layer0.weight.dtype)
         if self.map_augment is not None and augment is not None:
             embedding = embedding + self.map_augment(augment)
         embedding = self.map_layer1(F.silu(self.map_layer0(embedding)))
@@ -279,13 +279,15 @@ class EDMPrecond(nn.Module):
         self.label_dim, self.sigma_data = label_dim, sigma_data
 
     def raw(self, x, sigma, labels=None):
-        """(network output F, sigma as (B, 1, 1, 1)). Args: as for `forward`."""
+        """(network output F, sigma as (B, 1, 1, 1)), in x's precision whatever the network's is. Args: as for `forward`."""
+        dtype = self.model.map_layer0.weight.dtype
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1).expand(len(x))
         if self.label_dim:
-            labels = x.new_zeros(len(x), self.label_dim) if labels is None else labels.to(x.dtype)
+            labels = x.new_zeros(len(x), self.label_dim) if labels is None else labels
         scale = (sigma**2 + self.sigma_data**2).rsqrt()
-        output = self.model(scale[:, None, None, None] * x, sigma.log() / 4, labels if self.label_dim else None)
-        return output, sigma[:, None, None, None]
+        inputs = (scale[:, None, None, None] * x).to(dtype)
+        output = self.model(inputs, sigma.log() / 4, labels.to(dtype) if self.label_dim else None)
+        return output.to(x.dtype), sigma[:, None, None, None]
 
     def forward(self, x, sigma, labels=None):
         """D(x, sigma), the expected clean sample: (B, C, H, H), () or (B,), one-hot (B, L) or None -> (B, C, H, H)."""

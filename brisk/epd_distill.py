@@ -50,6 +50,13 @@ def objectives(states, targets, batch, feature=None, alpha=10.0):
             yield alpha * x[0].numel() * difference.square().sum() / (difference[0].numel() * batch)
 
 
+def noted(states, targets, norms):
+    """The generator `states` of `epd.solve`, which also appends each state's `interval_norm` to its list in `norms`."""
+    for x, y, own in zip(states, targets, norms, strict=True):
+        own.append(interval_norm(x.detach(), y))
+        yield x
+
+
 def gradients(loss, raw, keep_graph):
     """d loss / d raw as `Tables`, zeros where a table does not matter, no NaN (0) and no infinity (1e5)."""
     if not loss.requires_grad:
@@ -63,19 +70,26 @@ def updates(chains, raw, mode):
 
     `per_step`: after each interval, of its loss alone, through all earlier intervals. `detach`: the same where the states were
     solved with `detach_state`. `final_only`: once, of the last loss. `joint`: once, of the sum of all.
-    Args: `chains`: one generator of `objectives` per micro-batch, run in step with each other. The losses are those of the
-    intervals since the last step, 0-dimensional and detached, summed over the chains.
+    Args: `chains`: one generator of `objectives` per micro-batch, run in step with each other, or for a single step one after
+    the other, so that one graph is alive. The losses are those of the intervals since the last step, 0-dimensional and
+    detached, summed over the chains.
     """
     if mode not in UPDATE_MODES[1:]:
         raise ValueError(f"the update mode is '{mode}'; it must be one of {', '.join(UPDATE_MODES[1:])}.")
-    count, pending, every = len(raw.r), [], mode in ("per_step", "detach")
+    if mode in ("final_only", "joint"):
+        totals = [_whole_chain(chain, raw, mode) for chain in chains]
+        losses, found = zip(*totals, strict=True)
+        yield list(torch.stack(losses).sum(0)), epd.Tables(*(sum(parts) for parts in zip(*found, strict=True)))
+        return
     for index, parts in enumerate(zip(*chains, strict=True), 1):
-        pending.append(torch.stack(parts).sum())
-        if every or index == count:
-            loss = torch.stack(pending).sum() if mode == "joint" else pending[-1]
-            found = gradients(loss, raw, keep_graph=mode == "per_step" and index < count)
-            losses, pending = [part.detach() for part in pending], []
-            yield losses, found
+        loss = torch.stack(parts).sum()
+        yield [loss.detach()], gradients(loss, raw, keep_graph=mode == "per_step" and index < len(raw.r))
+
+
+def _whole_chain(chain, raw, mode):
+    """(losses of all intervals (S,), gradients of their sum or of the last) of one micro-batch."""
+    losses = torch.stack(list(chain))
+    return losses.detach(), gradients(losses.sum() if mode == "joint" else losses[-1], raw, keep_graph=False)
 
 
 def resolve_update_mode(mode, student, num_steps, dataset_name=None):
@@ -106,9 +120,14 @@ def interval_norm(x, y):
     return (x - y).square().flatten(1).norm(dim=1).mean()
 
 
+def squared_distance(x, y):
+    """Sum over samples of the squared Euclidean distance."""
+    return (x - y).square().sum()
+
+
 def end_error(x, y):
     """Root over the mean, over samples, of the squared Euclidean distance of end points: the measure of validation."""
-    return (x - y).square().flatten(1).sum(1).mean().sqrt()
+    return (squared_distance(x, y) / len(x)).sqrt()
 
 
 def reference_states(direction, x, sigma_min, sigma_max, num_steps=400):

@@ -34,7 +34,8 @@ class Parts(NamedTuple):
     extras: dict  # feature_extractor, safety_checker, image_encoder where the pipeline has them
 
 
-def _pipeline_index(source, options, flag):
+def pipeline_index(source, options, flag):
+    """The content of model_index.json of a pipeline folder or hub id; `flag`: what errors call `source`. UserError."""
     from diffusers import DiffusionPipeline
 
     folder = Path(source)
@@ -46,12 +47,16 @@ def _pipeline_index(source, options, flag):
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(f"{flag} {source} is a folder without model_index.json.")
     try:
-        index = DiffusionPipeline.load_config(source, **options)
+        return DiffusionPipeline.load_config(source, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{flag} {source} is neither a pipeline folder nor a hub model that can be reached: {reason}"
         ) from None
+
+
+def _stable_diffusion_index(source, options, flag):
+    index = pipeline_index(source, options, flag)
     name = index.get("_class_name", "")
     if not name.startswith(("StableDiffusion", "LatentConsistencyModel")) or "unet" not in index:
         raise UserError(
@@ -60,15 +65,15 @@ def _pipeline_index(source, options, flag):
     return index
 
 
-def _load_network(cls, source, subfolder, options):
-    """A diffusers network in float32 with every weight present; UserError if the folder holds something else."""
+def _load_network(cls, source, subfolder, options, dtype=torch.float32):
+    """A diffusers network in `dtype` with every weight present; UserError if the folder holds something else."""
     where = f"{source}/{subfolder}" if subfolder else source
     try:
         config = cls.load_config(source, subfolder=subfolder, **_without_variant(options))
         if config.get("_class_name") != cls.__name__:
             raise UserError(f"{where} holds a {config.get('_class_name')}, not a {cls.__name__}.")
         network, report = cls.from_pretrained(
-            source, subfolder=subfolder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            source, subfolder=subfolder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{where} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
@@ -112,7 +117,7 @@ def load_parts(source, revision=None, variant=None, cache_dir=None, vae_source=N
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     options = {"revision": revision, "cache_dir": cache_dir}
-    index = _pipeline_index(source, options, flag)
+    index = _stable_diffusion_index(source, options, flag)
     options["variant"] = variant
     networks = {}
     for name, cls, other in (("unet", UNet2DConditionModel, unet_source), ("vae", AutoencoderKL, vae_source)):
@@ -135,17 +140,18 @@ def load_parts(source, revision=None, variant=None, cache_dir=None, vae_source=N
     )  # fmt: skip
 
 
-def load_network(cls, source, subfolder, cache_dir=None):
-    """A network of class `cls` at the root of a folder or hub repository, or in its `subfolder`, float32 and frozen.
+def load_network(cls, source, subfolder, cache_dir=None, revision=None, variant=None, dtype=torch.float32):
+    """A network of class `cls` at the root of a folder or hub repository, or in its `subfolder`, frozen, in `dtype`.
 
     Raises UserError.
     """
+    options = {"cache_dir": cache_dir, "revision": revision}
     try:
-        config = cls.load_config(source, cache_dir=cache_dir)
+        config = cls.load_config(source, **options)
     except (OSError, ValueError):
         config = {}
     subfolder = None if config.get("_class_name") == cls.__name__ else subfolder
-    return _load_network(cls, source, subfolder, {"cache_dir": cache_dir})
+    return _load_network(cls, source, subfolder, {**options, "variant": variant}, dtype)
 
 
 def _load_scheduler_config(source, options):

@@ -11,12 +11,16 @@ from safetensors.torch import load_file
 
 from brisk import macs, students, tiny
 
-SLAM, BKSDM, FPDM = "train_splam_distill_sd_wds", "train_bksdm_distill", "train_fpdm"
+SLAM, BKSDM, FPDM, EPD = "train_splam_distill_sd_wds", "train_bksdm_distill", "train_fpdm", "train_epd"
+MIXTURES = Path(__file__).resolve().parent / "assets/conformance/epd/denoiser.json"
 OWN = {
     SLAM: ["--validation_steps=0", "--unet_time_cond_proj_dim=16"], BKSDM: ["--dataloader_num_workers=0"],
     # 8x8 latents, 16 tokens of width 32; the run's folder is output_dir itself
     FPDM: ["--hidden_size=32", "--depth=4", "--num_heads=4", "--image_size=64", "--num_classes=4", "--global_batch_size=4",
            "--dataloader_num_workers=0", "--output_subdir=.", "--name=."],
+    # a mixture of Gaussians in two dimensions, three noise levels; the run's folder is output_dir itself
+    EPD: ["--backend=gmm", f"--gmm_file={MIXTURES}", "--schedule_type=time_uniform", "--num_steps=3", "--afs", "--batch=8", "--M=1",
+          "--teacher_substeps=1", "--learning_rate=0.05", "--eval_samples=8", "--eval_steps=20", "--nosubdir"],
 }  # fmt: skip
 DONE = {}
 
@@ -52,9 +56,11 @@ def remembered_plans():
 
 
 def make_inputs(folder, family="sd1", script=SLAM):
-    """A tiny teacher and its shards below `folder`; the flags that name them (of FPDM, which needs none, its own)."""
+    """A tiny teacher and its shards below `folder`; the flags that name them (of FPDM and EPD, which need none, their own)."""
     if script == FPDM:
         return ["--synthetic_data=32", "--report_to=none", "--seed=7", "--log_every=1", "--adam_epsilon=1e-3", *OWN[FPDM]]
+    if script == EPD:
+        return ["--report_to=none", "--seed=7", "--log_every=1", "--eval_every=0", *OWN[EPD]]
     if not (folder / family).is_dir():
         tiny.make_pipeline(family).save_pretrained(folder / family)
         tiny.write_shards(folder / "shards")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inprocess import FPDM, SLAM, make_inputs, train
+from inprocess import EPD, FPDM, SLAM, make_inputs, train
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = {path.stem: path for path in sorted((ROOT / "brisk").glob("*.py"))}
@@ -23,8 +23,8 @@ BLOCKS = {
     "epd_distill": {"epd", "solvers"}, "epd_policy": {"epd"},
 }  # fmt: skip
 # plumbing that may build a method's network
-BUILDERS = {"tiny", "denoisers", "pipeline_denoisers", "denoiser_sources", "sd_models", "students", "fpdm", "fpdm_options",
-            "fpdm_sampling", "predictor", "epd_scheduler"}  # fmt: skip
+BUILDERS = {"tiny", "denoisers", "pipeline_denoisers", "text_denoisers", "denoiser_sources", "sd_models", "students", "fpdm",
+            "fpdm_options", "fpdm_sampling", "predictor", "epd_scheduler", "epd_sampling"}  # fmt: skip
 STAGES = [
     "1 options", "2 accelerator and seeds and log", "3 models (frozen, trainable)", "4 memory and precision",
     "5 EMA and optimizer", "6 data", "7 schedule and prepare", "8 state and resume", "9 manifest and dry run",
@@ -151,8 +151,10 @@ READING = ("item", "__bool__", "__float__", "__int__", "__index__", "tolist", "c
         (SLAM, ("--use_lora", "--lora_ema")), (SLAM, ("--mixed_precision=bf16",)),
         (FPDM, ()), (FPDM, ("--fixed_point", "--gradient_accumulation_steps=2", "--predict_v", "--use_zero_terminal_snr")),
         (FPDM, ("--fixed_point", "--flow", "--mixed_precision=bf16", "--fp_grad_checkpointing")),
+        (EPD, ("--update_mode=per_step", "--sampler_stu=ipndm", "--batch_gpu=4", "--gradient_checkpointing")),
+        (EPD, ("--update_mode=joint", "--ema_decay=0.9", "--max_branch_batch=3", "--guidance_type=cfg", "--guidance_rate=2")),
     ],
-    ids=["full", "accumulation", "lora", "bf16", "dit", "fpdm", "flow"],
+    ids=["full", "accumulation", "lora", "bf16", "dit", "fpdm", "flow", "epd", "epd-guided"],
 )  # fmt: skip
 def test_steps_between_two_log_lines_never_wait_for_the_device(tmp_path, monkeypatch, script, flags):
     """Every read of a tensor's value by our code would stall a GPU; only steps that log may do it."""

@@ -27,7 +27,7 @@ SOURCES = ("--train_shards_path_or_url", "--train_data_dir", "--dataset_name", "
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask a network, nor wait for one
-from inprocess import BKSDM, FPDM, OWN, SLAM, remembered_plans  # noqa: E402 - torch reads these settings when it is imported
+from inprocess import BKSDM, EPD, FPDM, OWN, SLAM, remembered_plans  # noqa: E402 - torch reads these settings when it is imported
 
 
 def read_rows(output):
@@ -84,6 +84,9 @@ def base_flags(models, shards):
         if script == FPDM:
             data = [] if any(flag.startswith(SOURCES) for flag in more) else ["--synthetic_data=64"]
             return [*data, "--max_train_steps=2", "--log_every=1", "--report_to=none", "--seed=7", *OWN[FPDM], *more]
+        if script == EPD:
+            own = OWN[EPD] if not any(flag.startswith(("--config", "--pretrained")) for flag in more) else ["--nosubdir"]
+            return ["--max_train_steps=2", "--log_every=1", "--report_to=none", "--seed=7", *own, *more]
         data = [] if any(flag.startswith(SOURCES) for flag in more) else [f"--train_shards_path_or_url={shards}"]
         own = OWN[script] if "--use_lora" not in more else ["--validation_steps=0", "--lora_rank=4"]
         own = [*own, "--preset=tiny_sd_xl"] if family == "toy_sdxl" and script == BKSDM else own
@@ -144,6 +147,14 @@ def run_bksdm(run_main):
 def run_fpdm(run_main):
     """`run_main` of the FPDM script: a tiny plain DiT on made-up latents unless flags say otherwise."""
     run = functools.partial(run_main, script=FPDM)
+    run.log = run_main.log
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_epd(run_main):
+    """`run_main` of the EPD script: three noise levels of a mixture of Gaussians unless flags say otherwise."""
+    run = functools.partial(run_main, script=EPD)
     run.log = run_main.log
     return run
 
