@@ -17,6 +17,7 @@ CONFIGS = Path(__file__).resolve().parent / "configs/epd"
 CUT_TEACHERS = ("dpm", "heun", "euler", "dpm2", "ddim")  # whose intervals can be cut into sub-steps
 MULTISTEP_TEACHERS = {"ipndm": 4, "dpmpp": 3, "unipc": 3, "deis": 4, "ipndm_v": 4}  # and their highest orders
 INITS = ("spread", "normal", "thirds")
+CUSTOMARY_RHO = {"polynomial": 7.0, "time_uniform": 1.0, "discrete": 1.0}  # the other types have no power
 UPDATE_MODES = ("auto", "per_step", "final_only", "detach", "joint")
 
 
@@ -80,7 +81,7 @@ def parse_args(argv=None):
     add, flag = group.add_argument, lambda *given: options.add_flag(group, *given)
     add("--desc", help="text at the end of the name of the run's folder")
     flag("--nosubdir", "write into output_dir itself")
-    add("--tick", type=options.POSITIVE, default=10.0, help="thousands of latents per tick; each is logged")
+    add("--tick", type=options.POSITIVE, default=10.0, help="thousands of latents per tick; each is logged, besides log_every")
     add("--snap", type=options.COUNT_OR_ZERO, default=10, help="ticks between two snapshots of the predictor; 0: the last alone")
     add("--dump", type=options.COUNT_OR_ZERO, default=50, help="ticks between two checkpoints besides checkpointing_steps; 0: none")
     parser.set_defaults(checkpointing_steps=50)
@@ -90,6 +91,8 @@ def parse_args(argv=None):
         parser.alias(f"--{name}", *others)
     args, given = options.parse(parser, argv, CONFIGS)
     args.teacher_substeps = args.teacher_substeps or (2 if args.sampler_tea in CUT_TEACHERS else 1)
+    rho = CUSTOMARY_RHO.get(args.schedule_type)
+    args.schedule_rho = rho and (args.schedule_rho or rho)
     return args, given
 
 
@@ -118,7 +121,7 @@ def effects(args, mixed_precision, takes):
     return {name: (args.sampler_tea in ("dpmpp", "unipc"), "--sampler_tea dpmpp or unipc")
             for name in ("predict_x0", "lower_order_final")} | {
         "max_order": (has_order, "--sampler_stu ipndm or a multistep teacher"),
-        "schedule_rho": (args.schedule_type not in ("logsnr", "flowmatch"), "a --schedule_type that has a power"),
+        "schedule_rho": (args.schedule_type in CUSTOMARY_RHO, "a --schedule_type that has a power"),
         "fcn": (args.scale_dir, "--scale_dir above 0"),
         "detach_history": (args.sampler_stu == "ipndm", "--sampler_stu ipndm"),
         "alpha": (args.feature_model, "--feature_model"),
@@ -219,6 +222,7 @@ def main(argv=None):
     device, rank, is_main, processes = (accelerator.device, accelerator.process_index, accelerator.is_main_process,
                                         accelerator.num_processes)  # fmt: skip
     if args.batch % (processes * (args.batch_gpu or 1)):
+        accelerator.wait_for_everyone()  # who leaves while others start breaks their start
         at_once = f" x --batch_gpu {args.batch_gpu}" if args.batch_gpu else ""
         raise options.UserError(f"--batch {args.batch} cannot be divided among {processes} processes{at_once}.")
     cost = epd.cost(args.num_steps, args.num_points, args.afs)
@@ -285,9 +289,8 @@ def main(argv=None):
         except ValueError as error:
             raise options.UserError(f"--schedule_type {args.schedule_type}: {error}") from None
     levels, teacher_levels = grids
-    total = epd_distill.total_batches(args.total_kimg, args.batch)
     max_steps = args.max_train_steps or -int(-1000 * args.total_kimg // args.batch)
-    total = args.max_train_steps + 1 if args.max_train_steps else total
+    total = max_steps + 1 if args.max_train_steps else epd_distill.total_batches(args.total_kimg, args.batch)
     mode = epd_distill.resolve_update_mode(args.update_mode, args.sampler_stu, args.num_steps, args.dataset_name)
     teacher = solvers.SolverOptions(flow=flow, max_order=args.max_order or 3, predict_x0=args.predict_x0,
                                     lower_order_final=args.lower_order_final)  # fmt: skip
@@ -315,8 +318,7 @@ def main(argv=None):
         return epd_run.make_predictor(name, args, denoiser, levels, tables, training)
 
     # 9 manifest and dry run
-    for line in predictor.describe(predictor_of(averages, step)).splitlines():
-        log.info(line)
+    log.info(f"The student:\n{predictor.describe(predictor_of(averages, step))}")
     counts = {"batch": args.batch, "processes": processes, "max_train_steps": max_steps, "update_mode": mode,
               "teacher_levels": len(teacher_levels), "seed": seed}  # fmt: skip
     log.info("  ".join(f"{key} {value}" for key, value in counts.items()))
@@ -341,11 +343,11 @@ def main(argv=None):
     def validate(at):
         error = error_of(sampler_of(averages))
         record["history"].append([at, error])
-        if record["best"] is None or error < record["best"]["error"]:
+        if error < (record["best"]["error"] if record["best"] else float("inf")):
             record["best"] = {"step": at, "error": error}
             torch._foreach_copy_(list(best), list(averages))
         accelerator.log({"validation/rmse": error}, step=at)
-        log.info(f"Validation at step {at}: RMSE {error:.4g}, best {record['best']['error']:.4g}.")
+        log.info(f"Validation at step {at}: RMSE {error:.4g}.")
 
     if args.eval_every and record["start"] is None:
         record["start"] = measure_start(args, denoiser, sampler_of(untrained), cost.para_nfe, error_of)

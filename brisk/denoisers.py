@@ -157,11 +157,11 @@ def vp_model(network, scheduler, call, clip=False, rounded=False):
         raise UserError(f"the pipeline's {type(scheduler).__name__} has no betas, which its network needs.")
     plain = DDPMScheduler.from_config(scheduler.config)
     table = sigmas.noise_map((1 - plain.betas.double()).cumprod(0)).to(network.device)
-    kind = plain.config.prediction_type
+    kind, dtype = plain.config.prediction_type, network.dtype  # diffusers looks through all modules for it: not in every call
 
     def direction(x, sigma, condition):
         timestep = denoiser_maps.vp_timestep(table, sigma, rounded)
-        inputs = denoiser_maps.vp_input(x, sigma).to(network.dtype)
+        inputs = denoiser_maps.vp_input(x, sigma).to(dtype)
         output = call(inputs, timestep.long() if rounded else timestep, condition)
         return denoiser_maps.vp_direction(output, x, sigma, kind, clip)
 

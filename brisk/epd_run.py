@@ -17,14 +17,8 @@ TABLES_FILE = "tables.safetensors"  # of a checkpoint
 RAW_LIMIT = 30.0  # of raw positions in files: beyond it their sigmoid is 0 or 1, which no predictor may hold
 SCHEDULE_NAMES = {"polynomial": "poly{:g}", "logsnr": "logsnr", "time_uniform": "uni{:g}", "discrete": "discrete",
                   "flowmatch": "flow"}  # fmt: skip
-CUSTOMARY_RHO = {"polynomial": 7.0, "time_uniform": 1.0, "discrete": 1.0}
 DISTILLED_FOR = ("num_steps", "num_points", "sampler_stu", "max_order", "afs", "fcn", "scale_dir", "scale_time", "schedule_type",
                  "schedule_rho")  # fmt: skip
-
-
-def rho_of(kind, rho=None):
-    """The power of a schedule type, the customary one for None; None of types that have none."""
-    return (rho or CUSTOMARY_RHO[kind]) if kind in CUSTOMARY_RHO else None
 
 
 def run_name(dataset, num_steps, para_nfe, student, teacher, inserted, schedule, afs=False, desc=None):
@@ -33,7 +27,7 @@ def run_name(dataset, num_steps, para_nfe, student, teacher, inserted, schedule,
     Args: `dataset`: a name or path; `para_nfe` counts twice for ms_coco, as published; `schedule`: (type, rho).
     """
     nfe = 2 * para_nfe if dataset == "ms_coco" else para_nfe
-    parts = [Path(dataset).name, num_steps, nfe, student, teacher, inserted, SCHEDULE_NAMES[schedule[0]].format(rho_of(*schedule))]
+    parts = [Path(dataset).name, num_steps, nfe, student, teacher, inserted, SCHEDULE_NAMES[schedule[0]].format(schedule[1])]
     return "-".join(map(str, [*parts, *(["afs"] if afs else []), *([desc] if desc else [])]))
 
 
@@ -136,7 +130,7 @@ def make_predictor(name, args, denoiser, levels, raw, training):
     """
     order = None if args.sampler_stu == "epd" else args.max_order or 3
     solver = predictor.Solver(args.sampler_stu, args.num_steps, args.num_points, args.afs, order, args.fcn)
-    schedule = {"type": args.schedule_type, "rho": rho_of(args.schedule_type, args.schedule_rho), "sigma_min": levels[-1],
+    schedule = {"type": args.schedule_type, "rho": args.schedule_rho, "sigma_min": levels[-1],
                 "sigma_max": levels[0], "sigmas": levels}  # fmt: skip
     if denoiser.flow:
         schedule["flow"] = {"shift": denoiser.shift, "mu": denoiser.mu}
@@ -156,7 +150,7 @@ def make_predictor(name, args, denoiser, levels, raw, training):
 def say_errors(record, para_nfe):
     """A sentence on what validation found. Args: `record`: {"start": {what: error}, "best": {"step", "error"} or None}."""
     if record["best"] is None:
-        return "It was not validated."
+        return "No validation measured its error."
     start = record["start"]
     return (f"Distance to the exact end points (RMSE): untrained {start['untrained']:.4g} -> trained {record['best']['error']:.4g} "
             f"(update {record['best']['step']}); DDIM {start['ddim']:.4g}, iPNDM {start['ipndm']:.4g} at the same para-NFE "

@@ -69,7 +69,7 @@ def states(sampler, direction, x, split=None):
     if sampler.tables is None:
         return solvers.find(sampler.name).run(direction, x, sampler.sigmas, sampler.options)
     options = sampler.options
-    rows = epd.rows_of(sampler.tables)
+    rows = epd.rows_of(sampler.tables.cast(x))  # once: a copy to the device waits for it
     return epd.solve(direction, x, sampler.sigmas, rows, options.max_order, options.afs, options.flow, split)
 
 

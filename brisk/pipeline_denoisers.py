@@ -96,10 +96,10 @@ def consistency_unet(pipe, resolution=None):
     It is the diffusion model that counts, such as edm_bedroom256_ema, not one distilled to few steps. UserError.
     """
     network, config = pipe.unet, pipe.scheduler.config
-    classes, resolution = _unet_classes(network), _unet_side(network, resolution)
+    classes, resolution, dtype = _unet_classes(network), _unet_side(network, resolution), network.dtype
 
     def direction(x, sigma, labels):
-        inputs = denoiser_maps.edm_input(x, sigma, config.sigma_data).to(network.dtype)
+        inputs = denoiser_maps.edm_input(x, sigma, config.sigma_data).to(dtype)
         output = network(inputs, 250 * sigma.log(), labels, return_dict=False)[0]
         return denoiser_maps.edm_direction(output, x, sigma, config.sigma_data)
 
@@ -163,10 +163,10 @@ def fpdm(pipe, resolution=None, round_timesteps=False):
         return network(inputs, timestep, labels, num_iters=(0, count) if keeps else count, return_dict=False)[0]
 
     if config.prediction_type == "flow":
-        table, (low, high) = None, flow_range(1.0)
+        table, dtype, (low, high) = None, network.dtype, flow_range(1.0)
 
         def direction(x, sigma, labels):
-            return -call(x.to(network.dtype), 1000 * sigma, labels)[:, : x.shape[1]].to(x.dtype)
+            return -call(x.to(dtype), 1000 * sigma, labels)[:, : x.shape[1]].to(x.dtype)
 
     else:
         direction, table = vp_model(network, pipe.scheduler, call, rounded=round_timesteps)

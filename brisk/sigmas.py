@@ -110,8 +110,10 @@ def sigma_of_time(table, time):
 
 def time_of_sigma(table, sigma):
     """t(sigma) of noise levels (...), the inverse of `sigma_of_time`, in the precision of the map `table`."""
-    log_signal = -0.5 * (sigma.to(table.log_signal.dtype) ** 2).log1p()
-    return _interpolate(log_signal, table.log_signal.flip(0), _knots(table.log_signal).flip(0))
+    table, minus_log = table.log_signal, 0.5 * (sigma.to(table.log_signal.dtype) ** 2).log1p()
+    upper = torch.searchsorted(-table, minus_log).clamp(1, len(table) - 1)
+    above, below = table[upper - 1], table[upper]
+    return (upper + (minus_log + above) / (above - below)) / len(table)
 
 
 def sigma_range(table):

@@ -115,8 +115,10 @@ def stable_diffusion_3(pipe, resolution=None):
         tokens, pooled = _embeddings(pipe, prompts)
         return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
 
+    dtype = network.dtype
+
     def direction(x, sigma, condition):
-        return network(x.to(network.dtype), timestep=1000 * sigma, return_dict=False, **condition)[0].to(x.dtype)
+        return network(x.to(dtype), timestep=1000 * sigma, return_dict=False, **condition)[0].to(x.dtype)
 
     return _denoiser(pipe, network, "sd3", direction, encode, resolution, tokens=(resolution // multiple) ** 2)
 
@@ -136,9 +138,11 @@ def flux(pipe, resolution=None):
             condition["guidance"] = tokens.new_full((len(tokens),), FLUX_GUIDANCE)
         return condition
 
+    dtype = network.dtype
+
     def direction(x, sigma, condition):
         channels, height, width = x.shape[1:]
-        packed = pipe._pack_latents(x.to(network.dtype).contiguous(), len(x), channels, height, width)
+        packed = pipe._pack_latents(x.to(dtype).contiguous(), len(x), channels, height, width)
         image_places = pipe._prepare_latent_image_ids(1, height // 2, width // 2, x.device, torch.float32)
         text_places = image_places.new_zeros(condition["encoder_hidden_states"].shape[1], 3)
         output = network(packed, timestep=sigma, img_ids=image_places, txt_ids=text_places, return_dict=False, **condition)[0]

@@ -63,5 +63,5 @@ def make_entries(args, device, dtype):
     for name, one, plan in zip(names, [plain, *[network] * len(wanted)], plans, strict=True):
         cost = fpdm_sampling.cost(one, plan)
         figures = {"timesteps": cost.calls, "blocks": cost.blocks, "gmacs": cost.macs / 1e9}
-        entries.append(Entry(name, one, sampling(one, plan), figures))
+        entries.append(Entry(name, one, sampling(one, plan), args.batch_size, figures))
     return entries, plain.config.sample_size

@@ -153,10 +153,10 @@ def time_row(make, steps, warmup, device):
     return seconds, cpu_seconds, bench.memory()
 
 
-def check_size(args):
-    """UserError for a size that the method's networks do not come in."""
-    if args.size not in BATCHES[args.method]:
-        raise options.UserError(f"--size {args.size} is none of --method {args.method}: {', '.join(BATCHES[args.method])}.")
+def check_size(args, sizes=BATCHES):
+    """UserError for a size that the method's networks do not come in. Args: `sizes` by method."""
+    if args.size not in sizes[args.method]:
+        raise options.UserError(f"--size {args.size} is none of --method {args.method}: {', '.join(sizes[args.method])}.")
 
 
 def check_output(path):

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+import sample_epd
 import sample_fpdm
 import train_bksdm_distill as bksdm
+import train_epd as epd
 import train_fpdm as fpdm
 import train_splam_distill_sd_wds as slam
 from brisk import bksdm as method
@@ -26,6 +28,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 CONFIGS = sorted((ROOT / "configs/splam").glob("*.yaml"))
 BKSDM_CONFIGS = sorted((ROOT / "configs/bksdm").glob("*.yaml"))
 FPDM_CONFIGS = sorted((ROOT / "configs/fpdm").glob("*.yaml"))
+EPD_CONFIGS = sorted((ROOT / "configs/epd").glob("*.yaml"))
 RECIPES = sorted((ROOT / "scripts").glob("splam_*.sh"))
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "brisk").glob("*.py"), *(ROOT / "scripts").glob("*.py")])
 OTHER_TOOLS_FLAGS = {"--multi_gpu", "--num_processes", "--config_file"}  # of accelerate launch
@@ -56,9 +59,9 @@ def parser_of(parse_args):
 
 @functools.cache
 def declared_flags():
-    """The flags that any script of the repository declares, read from its source, and those that FPDM's put together."""
+    """The flags that any script of the repository declares, read from its source, and those that FPDM's and EPD's put together."""
     declared = {"--help"}
-    for script in (fpdm, sample_fpdm):
+    for script in (fpdm, sample_fpdm, epd, sample_epd):
         declared |= set(parser_of(script.parse_args)._option_string_actions)
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -68,9 +71,10 @@ def declared_flags():
     return declared
 
 
-def constants(node):
-    """The fixed strings below a syntax node, those of f-strings included."""
-    return [part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+def constants(node, without=frozenset()):
+    """The fixed strings below a syntax node, those of f-strings included; not those of the nodes `without`."""
+    return [part.value for part in ast.walk(node)
+            if isinstance(part, ast.Constant) and isinstance(part.value, str) and part not in without]  # fmt: skip
 
 
 @functools.cache
@@ -87,12 +91,18 @@ def error_headings():
 
 
 def messages():
-    """{place: fixed strings} of every `UserError(...)` that the package and the scripts of the root can raise."""
+    """{place: fixed strings} of every `UserError(...)` that the package and the scripts of the root can raise.
+
+    Of a class for pipelines of diffusers, where nothing catches them, of every ValueError.
+    """
     found = {}
     for path in [*ROOT.glob("*.py"), *(ROOT / "brisk").glob("*.py")]:
+        kinds = ("UserError", "ValueError") if path.stem == "epd_scheduler" else ("UserError",)
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "UserError":
-                found[f"{path.name}:{node.lineno}"] = [text for text in constants(node) if len(text.strip()) > 5]
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in kinds:
+                braces = [part for part in ast.walk(node) if isinstance(part, ast.FormattedValue)]
+                keys = {part for brace in braces for part in ast.walk(brace)}
+                found[f"{path.name}:{node.lineno}"] = [text for text in constants(node, keys) if len(text.strip()) > 5]
     return found
 
 
@@ -128,8 +138,16 @@ METHODS = [
     ("splam", slam, ("method (arXiv 2404.13903)", "LoRA"), {"--cast_teacher_unet"}),  # of old command lines, does nothing
     ("bksdm", bksdm, ("teacher and student", "method (arXiv 2305.15798)", "frozen networks", "average and validation"), set()),
     ("fpdm", fpdm, ("network (arXiv 2401.08741)", "training (arXiv 2401.08741, section 3)"), set()),
+    ("epd", epd, ("model", "student (arXiv 2507.14797)", "teacher", "training (section 3)", "precision, memory and speed",
+                  "names and snapshots"), set()),
 ]
-MODULES = {"fpdm": ("dit", "gaussian", "fixed_point")}  # whose every function is in the equation table, where not the page's own
+MODULES = {  # whose every function is in the equation table, where not the page's own
+    "fpdm": ("dit", "gaussian", "fixed_point"), "epd": ("sigmas", "solvers", "epd", "epd_distill", "denoiser_maps"),
+}  # fmt: skip
+SAMPLERS = [  # page, script, groups of flags whose every member is listed and no other
+    ("fpdm", sample_fpdm, ("sampler", "fixed-point layer")),
+    ("epd", sample_epd, ("predictor, or solver in place of it", "images", "output", "speed")),
+]
 
 
 def flags_of_table(table):
@@ -150,11 +168,12 @@ def test_method_flags_are_all_listed_with_their_defaults(name, script, titles, u
     assert wanted - set(listed) == unlisted
 
 
-def test_sampling_flags_of_fpdm_are_all_listed_with_their_defaults():
-    parser = parser_of(sample_fpdm.parse_args)
-    groups = [group for group in parser._action_groups if group.title in ("sampler", "fixed-point layer")]
+@pytest.mark.parametrize("name, script, titles", SAMPLERS, ids=[sampler[0] for sampler in SAMPLERS])
+def test_sampling_flags_are_all_listed_with_their_defaults(name, script, titles):
+    groups = [group for group in parser_of(script.parse_args)._action_groups if group.title in titles]
     wanted = {f"--{action.dest}": str(action.default) for group in groups for action in group._group_actions}
-    assert flags_of_table(page("fpdm.md").split("\n## Sampling")[1].split("\n\n**")[0]) == wanted
+    assert len(groups) == len(titles)
+    assert flags_of_table(page(f"{name}.md").split("\n## Sampling")[1].split("\n## ")[0]) == wanted
 
 
 @pytest.mark.parametrize("name", [method[0] for method in METHODS])
@@ -291,10 +310,14 @@ def test_commands_parse_as_printed(path, monkeypatch, tmp_path):
         script = importlib.import_module(Path(words[0]).stem)
         if script.__name__ == "convert_bksdm":
             words[2] = str(tmp_path)  # looks whether the checkpoint is there
+        if script.__name__ == "convert_epd_predictor":
+            words[1] = str(path)  # looks whether the file is there
         parsed = script.parse_args(words[1:])
         if script in (slam, bksdm):
             script.check_args(parsed[0])
             options.data_options(parsed[0])
+        if script is epd:
+            script.check_args(parsed[0])
         if script is fpdm:
             script.check_args(parsed[0])
             fpdm_options.network_config(parsed[0])
@@ -314,7 +337,7 @@ def test_links_resolve(path):
             assert anchor in anchors(file.read_text()), target
 
 
-@pytest.mark.parametrize("path", [*PAGES, *CONFIGS, *BKSDM_CONFIGS, *FPDM_CONFIGS, *RECIPES],
+@pytest.mark.parametrize("path", [*PAGES, *CONFIGS, *BKSDM_CONFIGS, *FPDM_CONFIGS, *EPD_CONFIGS, *RECIPES],
                          ids=lambda path: f"{path.parent.name}/{path.name}")  # fmt: skip
 def test_text_is_of_the_project_alone(path):
     text = path.read_text()
@@ -327,6 +350,12 @@ def test_text_is_of_the_project_alone(path):
 def test_repository_files_that_are_named_exist(path):
     for name in re.findall(r"`((?:scripts|brisk|configs|docs|assets)/[\w./]*|\w+\.py)", path.read_text()):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "README.md"], ids=lambda path: path.name)
+def test_configs_that_are_named_exist(path):
+    named = set(re.findall(r"--config (\w+)", path.read_text()))
+    assert named <= {config.stem for config in [*CONFIGS, *BKSDM_CONFIGS, *FPDM_CONFIGS, *EPD_CONFIGS]}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

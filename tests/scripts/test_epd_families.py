@@ -36,8 +36,8 @@ def test_family_is_trained(name, folder, run_epd):
     family, flags = FAMILIES[name]
     prompts = ["--prompt=a red fox"] if name in tiny_pipelines.TEXT_FAMILIES and "--guidance_type=uncond" not in flags else []
     source = folder(name)
-    run = run_epd(f"--pretrained_model_name_or_path={source}", *flags, *prompts, "--num_steps=3", "--M=1", "--teacher_substeps=1",
-                  "--batch=2", "--eval_every=0", "--learning_rate=0.2", "--update_mode=joint")  # fmt: skip
+    run = run_epd(f"--pretrained_model_name_or_path={source}", *flags, *prompts, "--num_steps=3", "--sampler_tea=euler", "--M=1",
+                  "--teacher_substeps=1", "--batch=2", "--eval_every=0", "--learning_rate=0.2", "--update_mode=joint")  # fmt: skip
     assert [row["step"] for row in run.rows] == [1, 2]
     assert all(math.isfinite(row["loss"]) and row["loss"] > 0 and row["grad_norm"] > 0 for row in run.rows)
     found = predictor_files.load(run.output)

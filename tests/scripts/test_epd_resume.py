@@ -130,7 +130,7 @@ def test_the_newest_run_of_the_same_settings_goes_on_and_others_get_a_number_of_
     ("--num_points=3", "--num_points is 3, the tables in {} were trained with 2."),
     ("--sampler_stu=ipndm", "--sampler_stu is ipndm, the tables in {} were trained with epd."),
     ("--schedule_type=logsnr", "--schedule_type is logsnr, the tables in {} were trained with time_uniform."),
-    ("--schedule_rho=2", "--schedule_rho is 2.0, the tables in {} were trained with None."),
+    ("--schedule_rho=2", "--schedule_rho is 2.0, the tables in {} were trained with 1.0."),
     ("--afs=False", "--afs is False, the tables in {} were trained with True."),
     ("--scale_time=0.1", "--scale_time is 0.1, the tables in {} were trained with 0.05."),
 ])  # fmt: skip
