@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 
+import pickles
 import pytest
+import torch
 from conftest import BKSDM, ROOT, environment
 
 import train_bksdm_distill
@@ -37,6 +39,11 @@ def fpdm_commands():
     """The lines of the blocks that belong to FPDM, in order."""
     of_fpdm = [block for block in commands() if "_fpdm.py" in block or "--class_labels" in block]
     return [line for block in of_fpdm for line in block.splitlines()]
+
+
+def epd_commands():
+    """The lines of the blocks that belong to EPD, in order."""
+    return [line for block in commands() if "_epd" in block and "demo" not in block for line in block.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +81,7 @@ def shrink(words, place, models, shards):
 
 
 @pytest.mark.parametrize("line", [line for line in commands() if BKSDM not in line and "convert_bksdm" not in line
-                                  and "_fpdm.py" not in line and "--class_labels" not in line
+                                  and "_fpdm.py" not in line and "--class_labels" not in line and "_epd" not in line
                                   and ("scripts/" not in line or "precompute" in line)])  # fmt: skip
 def test_command_runs(line, workplace, models, shards):
     if line.startswith(INSTALL):
@@ -216,9 +223,84 @@ def test_fpdm_is_trained_and_sampled_as_printed(imagenet, run_fpdm, monkeypatch)
     assert (imagenet / "golden-retriever.png").is_file()
 
 
+@pytest.fixture(scope="module")
+def epd_models(tmp_path_factory):
+    """A folder where an EDM network, a Stable Diffusion and a published predictor have the README's names, all tiny."""
+    from random_predictor import make_predictor
+
+    from brisk import edm_nets, predictor, tiny
+
+    place = tmp_path_factory.mktemp("epd")
+    config = {"img_resolution": 8, "img_channels": 3, "label_dim": 0, "model_type": "SongUNet", "model_channels": 8,
+              "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}  # fmt: skip
+    network = edm_nets.make_network(config)
+    network._init_args, network._init_kwargs = (), config
+    pickles.dump({"ema": network}, place / "edm-cifar10-32x32-uncond-vp.pkl")
+    tiny.make_pipeline("sd1").save_pretrained(place / "stable-diffusion-v1-5/stable-diffusion-v1-5")
+    (place / "captions.csv").write_text("text\na red square\na blue circle\n")
+    published = make_predictor(num_steps=11, dataset="ms_coco", backend="ldm", guidance_type="cfg", guidance_rate=7.5)
+    document = predictor.to_document(published)
+    document["schedule"] |= {"sigma_min": published.sigmas[-1].item(), "sigma_max": published.sigmas[0].item()}
+    document["teacher"] = {"solver": "dpm", "M": 3}
+    document["raw"] = dict(zip(("r", "weight"), (torch.zeros(10, 2).tolist(),) * 2, strict=True))
+    document["raw"] |= {"scale_dir": torch.zeros(10, 2).tolist(), "scale_time": torch.zeros(10, 2).tolist(),
+                        "scale_dir_range": 0.0, "scale_time_range": 0.0}  # fmt: skip
+    pickles.dump_predictor(document, place / "network-snapshot-000010.pkl")
+    return place
+
+
+def test_epd_is_distilled_and_sampled_as_printed(epd_models, run_epd, monkeypatch, capsys):
+    """The commands and the snippet of the section follow each other; only sizes, precision, launcher and device differ."""
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.chdir(epd_models)
+    small = ["--max_train_steps=1", "--batch=2", "--batch_gpu=2", "--eval_every=0", "--mixed_precision=no", "--nosubdir=False"]
+    scripts = []
+    for line in epd_commands():
+        words = shlex.split(line.removeprefix("accelerate launch ").removeprefix("python "))
+        scripts.append(words[0])
+        if words[0] == "train_epd.py":
+            run_epd(*words[1:], *small, output="exps")
+            continue
+        AcceleratorState._reset_state(True)
+        seeds = ["--seeds=0-1"] if "--seeds" in words else []
+        monkeypatch.setattr(sys, "argv", [*words, *seeds])
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    assert [scripts.count(name) for name in ("train_epd.py", "sample_epd.py", "scripts/convert_epd_predictor.py")] == [2, 5, 1]
+    assert "interval" in capsys.readouterr().out
+    assert sorted(path.name for path in epd_models.glob("exps/*")) == [
+        "00001-cifar10-4-5-epd-heun-3-uni1-afs", "00002-ms_coco-6-20-epd-dpm-3-discrete",
+    ]  # fmt: skip
+    found = sorted(str(path.relative_to(epd_models / "samples")) for path in epd_models.glob("samples/**/*.png"))
+    images = [f"{folder}/000000/00000{seed}.png" for folder in ("dpmpp", "epd", "ms_coco/epd_nfe10_npoints2") for seed in (0, 1)]
+    assert found == sorted([*images, "grids/cifar10/epd_nfe5_npoints2/grid_batch0000.png"])
+    [snippet] = [block for block in blocks("python") if "EPDScheduler" in block]
+    assert '"cuda"' in snippet
+    exec(compile(snippet.replace('"cuda"', '"cpu"'), "README.md", "exec"), {})
+    assert (epd_models / "castle.png").is_file()
+
+
+def test_epd_flags_of_the_readme_have_their_defaults():
+    from test_docs import parser_of
+
+    import sample_epd
+    import train_epd
+
+    table = README.split("## 6.")[1].split("| flag | default | meaning |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert len(rows) > 15
+    train, sample = ({f"--{action.dest}": action.default for action in parser_of(script.parse_args)._actions}
+                     for script in (train_epd, sample_epd))  # fmt: skip
+    for names, default, _ in rows:
+        for name, value in zip(re.findall(r"--\w+", names), [*default.split(", "), *[default] * 2], strict=False):
+            if name not in ("--seeds", "--schedule_rho"):  # depend on the model and the type of levels
+                assert str(train.get(name, sample.get(name))) in (value, f"{value}.0"), name
+
+
 def test_shell_scripts_named_in_the_readme_exist():
     named = re.findall(r"bash (scripts/\w+\.sh)", README)
-    assert {"scripts/quickstart.sh", "scripts/test.sh", "scripts/demo_bksdm.sh", "scripts/demo_fpdm.sh"} <= set(named)
+    assert {"scripts/quickstart.sh", "scripts/test.sh", "scripts/demo_bksdm.sh", "scripts/demo_fpdm.sh",
+            "scripts/demo_epd.sh"} <= set(named)
     for name in named:
         assert subprocess.run(["bash", "-n", str(ROOT / name)]).returncode == 0
 
