@@ -104,7 +104,8 @@ def _with_underscores(argv):
     ]
 
 
-def _nearest(name, names):
+def nearest(name, names):
+    """The end of a message that tells which of `names` is most like `name`, empty where none is."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; the nearest one is {close[0]}" if close else ""
 
@@ -133,7 +134,7 @@ def _config_tokens(path, known):
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known or name == "config":
-            raise UserError(f"--config {path} has an unknown key '{key}'{_nearest(name, known)}.")
+            raise UserError(f"--config {path} has an unknown key '{key}'{nearest(name, known)}.")
         if isinstance(value, (dict, list)):
             raise UserError(f"--config {path}: '{key}' must be a single value.")
         if value not in ("", "~", "null"):
@@ -165,7 +166,7 @@ def parse(parser, argv=None, config_folder="configs"):
         flag = unknown[0].split("=")[0]
         if not flag.startswith("--"):
             raise UserError(f"'{unknown[0]}' is not a flag and belongs to none; quote values that contain spaces.")
-        raise UserError(f"unknown flag {flag}{_nearest(flag, [f'--{known}' for known in names])}.")
+        raise UserError(f"unknown flag {flag}{nearest(flag, [f'--{known}' for known in names])}.")
     given = {_dest(token, names) for token in tokens + rest} - {None}
     return args, {name for name in given if getattr(args, name) != parser.get_default(name)}
 

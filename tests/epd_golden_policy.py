@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from epd_golden import close, tables_of
 
-from brisk import epd, epd_distill, epd_policy, mixture, sigmas, solvers
+from brisk import epd, epd_distill, epd_policy, epd_rl, mixture, sigmas, solvers
 
-TOY_SEEDS = 4
+TOY_SEEDS = 5
 
 
 def tensor(values):
@@ -152,13 +152,10 @@ class Toy:
 
 
 def train_toy(toy, seed):
-    """Error of the mean table after the stated run with same-prompt groups and shared latents."""
+    """Error of the mean table after the stated run with same-prompt groups and shared latents, by the parts of train_epd_rl.py."""
     stated, rng = toy.golden["policy"], np.random.default_rng(seed)
-    torch.manual_seed(seed)
     base = epd_policy.base_factors(toy.start, stated["concentration"])
-    width = epd_policy.residual_width(base)
-    network = epd_policy.Residual(len(toy.levels) - 1, width, stated["hidden"], stated["blocks"]).double()
-    adam = torch.optim.AdamW(network.parameters(), lr=stated["lr"], weight_decay=0.0)
+    policy = epd_rl.make_policy(toy.start, base, stated["lr"], seed, stated["hidden"], stated["blocks"])
     count, variants = stated["prompts_per_update"], stated["k"]
     number = len(toy.golden["prompt_weights"])
     passes = [rng.permutation(number) for _ in range(stated["updates"] * count // number + 1)]  # each prompt as often
@@ -168,22 +165,14 @@ def train_toy(toy, seed):
     for update in range(stated["updates"]):
         own, x, goal = (part[update].repeat_interleave(variants, 0) for part in (prompts, latents, goals))
         with torch.no_grad():
-            factors = epd_policy.apply_residuals(base, network())
-            action = epd_policy.draw(factors, len(x), rng)
-            old = epd_policy.log_density(factors, action)
+            action = epd_policy.draw(policy.factors(), len(x), rng)
+            old = epd_policy.log_density(policy.factors(), action)
             end = toy.sample(x, own, epd_policy.action_tables(action, toy.start))
         advantage = epd_policy.advantages(toy.reward(end, goal, own), variants)
-        for chosen in torch.from_numpy(rng.permutation(len(x))).split(stated["minibatch"]):
-            part = epd_policy.Action(*(None if values is None else values[chosen] for values in action))
-            factors = epd_policy.apply_residuals(base, network())
-            found = epd_policy.policy_loss(factors, base, part, old[chosen], advantage[chosen], stated["clip"], stated["kl"],
-                                           stated["entropy"])  # fmt: skip
-            adam.zero_grad()
-            found.loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), stated["grad_clip"])
-            adam.step()
-    with torch.no_grad():
-        return toy.error(epd_policy.exported_tables(epd_policy.apply_residuals(base, network()), toy.start))
+        for rows in epd_rl.minibatches(len(x), stated["minibatch"], stated["epochs"], seed, update):
+            found = epd_rl.loss_of(policy, action, old, advantage, rows, stated["clip"], stated["kl"], stated["entropy"])
+            epd_rl.take_step(policy, found.loss, stated["grad_clip"])
+    return toy.error(epd_rl.mean_tables(policy)[0])
 
 
 def check_rl_toy(golden, folder):

@@ -14,7 +14,7 @@ import train_epd as script
 from brisk import denoiser_sources, edm_nets, epd, epd_distill, options, predictor_files
 from brisk.options import parse as parse_options
 
-CONFIGS = sorted((ROOT / "configs/epd").glob("*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "configs/epd").glob("*.yaml") if not path.stem.startswith("rl_"))
 NAMES = [path.stem for path in CONFIGS]
 TOYS = {"gmm2d", "tiny_digits"}
 TAKES = {"ms_coco": "prompts", "ms_coco_plugin": "prompts", "tiny_digits": "prompts", "imagenet64": "classes",

@@ -8,12 +8,11 @@ import pytest
 import torch
 from epd_golden import ROUNDED, SINGLE, TIGHT, Counted, close, precisions, samples, tables_of, world_of
 from epd_golden_nets import check_edm_nets
-from epd_golden_policy import check_rl
+from epd_golden_policy import check_rl, check_rl_toy
 
 from brisk import denoiser_maps, epd, epd_distill, mixture, sample_seeds, sigmas, solvers
 
 SD_BETAS = ("scaled_linear", 0.00085, 0.012, 1000)  # of Stable Diffusion, whose released tables use a discrete grid
-LATER = ("rl_toy",)  # learning by a training loop that is not here yet
 
 
 def make_betas(kind, first, last, total):
@@ -327,7 +326,7 @@ def check_released(predictor):
 KNOWN = {
     "schedules": check_schedules, "discrete_map": check_discrete_map, "denoiser": check_denoiser, "solvers": check_solvers,
     "epd": check_epd, "flow": check_flow, "distill": check_distill, "seeds": check_seeds, "acceptance": check_acceptance,
-    "rl": check_rl, "edm_nets": check_edm_nets,
+    "rl": check_rl, "rl_toy": check_rl_toy, "edm_nets": check_edm_nets,
 }  # fmt: skip
 
 
@@ -341,7 +340,5 @@ def pytest_generate_tests(metafunc):
 
 def test_golden(path):
     assert path.is_file(), f"no golden file in {path}"
-    if path.stem in LATER:
-        pytest.skip(f"nothing here computes {path.name} yet")
     assert path.stem in KNOWN, f"{path.name} is of no known name"
     KNOWN[path.stem](json.loads(path.read_text()), path.parent)
