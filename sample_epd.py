@@ -405,7 +405,7 @@ def main(argv=None):
     # 6 draw
     runlog.allow_fast_maths(args.allow_tf32)
     if args.compile and denoiser.network is not None:
-        (denoiser.network.model if denoiser.family == "edm" else denoiser.network).compile()
+        (denoiser.network.model if denoiser.family == "edm" else denoiser.network).compile(dynamic=False)  # two numbers of rows
     paired = sample_seeds.prompts_of(prompts, seeds, args.prompt_index) if prompts else {}
     total, pending, started = sum(len(batch) for batch, _ in batches), [], time.perf_counter()
     bar = tqdm(total=total, desc="sampling", unit="image", dynamic_ncols=True, disable=not state.is_main_process)
