@@ -15,6 +15,7 @@ from pathlib import Path
 from brisk import epd_options, image_folder, options
 
 RECORD = "sampling.json"
+SUFFIXES = [f"_{place:02d}" for place in range(1, 1001)]  # of the files of unfinished states
 SOLVERS = ("euler", "ddim", "heun", "dpm2", "ipndm", "ipndm_v", "deis", "dpmpp", "unipc", "edm")
 BATCH, SEEDS = {"sd3": 4, "flux": 1}, {"sd3": "0-3", "flux": "0"}  # by family, else 64 and 0-63
 PRECISION = {"sd3": "fp16", "flux": "bf16"}  # of the network on a GPU, else fp32
@@ -75,6 +76,7 @@ def parse_args(argv=None):
     options.add_flag(group, "--dry_run", "print the plan and stop")
     for flag, *others in (("--predictor_path", "--predictor"), ("--batch", "--max_batch_size"), ("--outdir", "--output_dir")):
         parser.alias(flag, *others)
+    parser.exclusive.append(("prompt", "prompt_file"))
     args, given = options.parse(parser, argv, "configs/epd")
     check_flags(args)
     return args, given
@@ -101,9 +103,12 @@ def backend_config(args):
     except ValueError as error:
         raise options.UserError(f"--backend_config is no JSON: {error}.") from None
     unknown = sorted(set(found) - set(CONFIG_KEYS)) if isinstance(found, dict) else [args.backend_config]
+    if isinstance(found, dict):
+        kinds = {"resolution": int, "negative_prompt": object}
+        unknown += [name for name, value in found.items() if not isinstance(value, kinds.get(name, str))]
     if unknown:
         raise options.UserError(f"--backend_config: '{unknown[0]}' is not one of the entries of a JSON object that can be given: "
-                                f"{', '.join(CONFIG_KEYS)}.")  # fmt: skip
+                                f"{', '.join(CONFIG_KEYS)}; resolution a whole number, the others texts.")  # fmt: skip
     return found
 
 
@@ -123,7 +128,7 @@ def resolve(args, predictor):
         if conflicts:
             raise options.UserError(f"{conflicts[0]}: leave the flag out.")
         said = refuse(epd_sampling.model_conflicts(predictor, wanted, args.guidance_type, args.guidance_rate), args.force_model)
-        wanted = epd_sampling.complete(wanted, predictor)
+        wanted = epd_sampling.complete(wanted, predictor, args.force_model)
         config = {**(predictor.model.get("backend_config") or {}), **config}
         stored = predictor.model.get("guidance_type")
         if args.guidance_type in (None, stored):
@@ -178,7 +183,9 @@ def idle_flags(args, given, predictor, denoiser, processes):
         "negative_prompt": (prompted and guided and not denoiser.guides_itself, "--guidance_type cfg"),
         "prompt_index": (args.prompt_file, "--prompt_file"), "subdirs": (not args.grid, "leaving out --grid"),
         "split_branches": (processes > 1, "several processes"), "compile": (denoiser.network is not None, "a network"),
-        "class_labels": (args.guidance_type != "uncond", "guidance other than uncond"),
+        **dict.fromkeys(("prompt", "prompt_file", "class_labels"), (args.guidance_type != "uncond", "guidance other than uncond")),
+        "round_timesteps": (denoiser.table is not None, "a model of discrete timesteps"),
+        "clip_denoised": (denoiser.family == "adm", "a pixel U-Net of discrete timesteps"),
     }  # fmt: skip
     return options.without_effect(given, rules)
 
@@ -193,17 +200,6 @@ def read_seeds(text):
         raise options.UserError(f"--seeds: {error}") from None
 
 
-def describe(sampler, denoiser, calls, pairs, folder):
-    """The plan as people read it."""
-    levels = f"{len(sampler.sigmas)} noise levels from {sampler.sigmas[0].item():.6g} to {sampler.sigmas[-1].item():.6g}"
-    points = f" with {sampler.points} points" if sampler.tables is not None else ""
-    twice = f" ({calls.para_nfe_cfg} if a guided pair counts twice)" if pairs else ""
-    return (f"model: {denoiser.family}, {denoiser.resolution} px\n"
-            f"sampler: {sampler.name}, {levels}, {calls.intervals} intervals{points}\n"
-            f"NFE: {calls.para_nfe} network calls one after the other{twice}, {calls.total_nfe} evaluations per image in all\n"
-            f"output: {folder}")  # fmt: skip
-
-
 def prompts_of(args, denoiser, seeds):
     """All prompts, None for a model without them. UserError."""
     if denoiser.takes != "prompts":
@@ -212,6 +208,8 @@ def prompts_of(args, denoiser, seeds):
                 raise options.UserError(f"--{flag} was given, a model of family {denoiser.family} knows no prompts.")
         return None
     prompts = epd_options.read_prompts(args.prompt, args.prompt_file, "--prompt_file")
+    if args.guidance_type == "uncond":
+        return [""]
     if prompts is None and denoiser.family not in SEEDS:
         raise options.UserError("the model draws what it is told: give --prompt, or --prompt_file with captions.")
     prompts = prompts or [""]
@@ -279,17 +277,22 @@ def settings_of(args, sampler, denoiser, model, precision, prompts, negative, pr
     return found | {name: getattr(args, name) for name in names}
 
 
-def batches_of(args, folder, seeds, rank, world):
-    """[(seeds, files)] of the batches of this process that are missing: a file per seed, or one grid for all."""
+def batches_of(args, folder, seeds, intervals, rank, world):
+    """[(seeds, files)] of the batches of this process that are missing: a file per seed, or one grid for all.
+
+    Args: `intervals`: how many states --return_inters saves of each.
+    """
     from brisk import sample_seeds
 
+    suffixes = SUFFIXES[:intervals] if args.return_inters else ()
     if args.grid:
         own = enumerate(sample_seeds.batches(seeds, args.batch, rank, world))
         named = [(batch, [image_folder.grid_file(folder, place * world + rank)]) for place, batch in own if batch]
-        return [(batch, files) for batch, files in named if not files[0].exists()]
-    missing = [seed for seed in seeds if not image_folder.picture_file(folder, seed, args.subdirs).exists()]
+        return [(batch, files) for batch, files in named if not image_folder.is_drawn(folder, files[0], suffixes)]
+    files = {seed: image_folder.picture_file(folder, seed, args.subdirs) for seed in seeds}
+    missing = [seed for seed, file in files.items() if not image_folder.is_drawn(folder, file, suffixes)]
     batches = sample_seeds.batches(missing, args.batch, rank, world) if missing else []
-    return [(batch, [image_folder.picture_file(folder, seed, args.subdirs) for seed in batch]) for batch in batches if batch]
+    return [(batch, [files[seed] for seed in batch]) for batch in batches if batch]
 
 
 def check_guidance(args, denoiser, negative):
@@ -318,7 +321,7 @@ def pictures(args, denoiser, states, split_rank):
     states = list(states) if args.return_inters else [deque(states, maxlen=1).pop()]
     if split_rank:
         return []
-    named = [(f"_{place:02d}", state) for place, state in enumerate(states, 1)] * args.return_inters + [("", states[-1])]
+    named = list(zip(SUFFIXES, states, strict=False)) * args.return_inters + [("", states[-1])]
     images = [(suffix, image_folder.quantise(denoiser.decode(state))) for suffix, state in named]
     return [(suffix, image_folder.tile(values)[None] if args.grid else values) for suffix, values in images]
 
@@ -364,9 +367,10 @@ def main(argv=None):
     negative = config.get("negative_prompt") if args.negative_prompt is None else args.negative_prompt
     negative = negative if denoiser.takes == "prompts" else None
     check_guidance(args, denoiser, negative)
-    classifier = denoiser_sources.load_classifier(args.classifier) if args.guidance_type == "cg" else None
+    classifier = denoiser_sources.load_classifier(args.classifier, state.device) if args.guidance_type == "cg" else None
     prompts, classes = prompts_of(args, denoiser, seeds), classes_of(args, denoiser)
-    said += ["no prompt was given, the empty one is used."] * (prompts == [""] and args.prompt is None)
+    empty = prompts == [""] and not args.prompt and args.guidance_type != "uncond"
+    said += ["no prompt was given, the empty one is used."] * empty
 
     # 4 the plan
     sampler = sampler_of(args, known, denoiser)
@@ -375,17 +379,16 @@ def main(argv=None):
     folder = folder_of(args, sampler, denoiser, wanted.dataset_name, calls)
     for sentence in said + idle_flags(args, given, known, denoiser, world):
         say(f"warning: {sentence}")
-    say(describe(sampler, denoiser, calls, pairs, folder))
+    say(epd_sampling.describe(sampler, denoiser, calls, pairs, folder))
     if args.dry_run:
         return
 
     # 5 settings on disk
     settings = settings_of(args, sampler, denoiser, wanted, precision, prompts, negative, world)
     if not args.overwrite:
-        remedy = "give another --outdir, or --overwrite"
-        image_folder.check_settings(folder, RECORD, settings, remedy)
-        if not (folder / RECORD).exists() and image_folder.pictures_in(folder):
-            raise options.UserError(f"{folder} holds pictures and no {RECORD}: {remedy}.")
+        image_folder.check_settings(folder, RECORD, settings, "give another --outdir, or --overwrite")
+    if not (folder / RECORD).exists() and image_folder.pictures_in(folder):
+        raise options.UserError(f"{folder} holds pictures and no {RECORD}: give another --outdir.")
     runlog.open_output(rank, folder)
     state.wait_for_everyone()
     earlier = image_folder.read_json(folder / RECORD)
@@ -399,13 +402,13 @@ def main(argv=None):
         record["seconds_per_image"] = None if args.overwrite else earlier.get("seconds_per_image")
         checkpoint.write_atomically(folder / RECORD, json.dumps(record, indent=1))
     state.wait_for_everyone()
-    batches = batches_of(args, folder, seeds, *((0, 1) if split else (rank, world)))
+    batches = batches_of(args, folder, seeds, calls.intervals, *((0, 1) if split else (rank, world)))
     state.wait_for_everyone()  # all have looked before anyone writes
 
     # 6 draw
     runlog.allow_fast_maths(args.allow_tf32)
     if args.compile and denoiser.network is not None:
-        (denoiser.network.model if denoiser.family == "edm" else denoiser.network).compile()
+        (denoiser.network.model if denoiser.family == "edm" else denoiser.network).compile(dynamic=False)  # two numbers of rows
     paired = sample_seeds.prompts_of(prompts, seeds, args.prompt_index) if prompts else {}
     total, pending, started = sum(len(batch) for batch, _ in batches), [], time.perf_counter()
     bar = tqdm(total=total, desc="sampling", unit="image", dynamic_ncols=True, disable=not state.is_main_process)

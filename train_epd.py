@@ -38,8 +38,8 @@ def parse_args(argv=None):
     add("--num_steps", type=options.number(int, low=2), default=4, help="noise levels N; the student makes 2 (N - 1) calls in turn")
     add("--num_points", type=options.COUNT, default=2, help="parallel directions K per interval")
     flag("--afs", "analytic first step: one call less")
-    add("--scale_dir", type=options.NOT_NEGATIVE, default=0.05, help="how far the factors of directions may be from 1")
-    add("--scale_time", type=options.NOT_NEGATIVE, default=0.05, help="how far the factors of noise levels may be from 1")
+    add("--scale_dir", type=options.BELOW_ONE, default=0.05, help="how far the factors of directions may be from 1")
+    add("--scale_time", type=options.BELOW_ONE, default=0.05, help="how far the factors of noise levels may be from 1")
     flag("--fcn", "factors of directions are 1 in the last interval")
     add("--max_order", type=options.number(int, 1, 4), help="order of ipndm and of multistep teachers; default 3")
     add("--schedule_type", choices=epd_options.SCHEDULE_TYPES, default="polynomial", help="kind of noise levels")
@@ -61,7 +61,7 @@ def parse_args(argv=None):
     add("--batch", type=options.COUNT, default=64, help="latents per batch over all processes")
     add("--batch_gpu", type=options.COUNT, help="latents per process at once; default: its share of the batch")
     add("--learning_rate", type=options.NOT_NEGATIVE, default=5e-3, help="of Adam")
-    flag("--coslr", "let it fall to 0.01 by a cosine")
+    flag("--coslr", "let it go to 0.01 by a cosine")
     add("--update_mode", choices=UPDATE_MODES, default="auto", help="when Adam steps; auto: as published for model and student")
     flag("--detach_history", "ipndm: pass no gradient through earlier directions", True)
     add("--feature_model", help="TorchScript network whose features the last interval is compared in")
@@ -85,6 +85,7 @@ def parse_args(argv=None):
     add("--snap", type=options.COUNT_OR_ZERO, default=10, help="ticks between two snapshots of the predictor; 0: the last alone")
     add("--dump", type=options.COUNT_OR_ZERO, default=50, help="ticks between two checkpoints besides checkpointing_steps; 0: none")
     parser.set_defaults(checkpointing_steps=50)
+    parser.exclusive.append(("prompt", "prompt_path"))
     parser._option_string_actions["--seed"].type = parse_seed  # `random` is the published default
     for name, others in {"output_dir": ("--outdir",), "learning_rate": ("--lr",), "batch": ("--train_batch_size",),
                          "dry_run": ("-n",), "resume_from_checkpoint": ("--resume",)}.items():  # fmt: skip
@@ -110,18 +111,22 @@ def check_args(args):
         raise options.UserError(f"--guidance_type {args.guidance_type} needs --guidance_rate.")
     if (args.guidance_type == "cg") != bool(args.classifier):
         raise options.UserError("--guidance_type cg and --classifier need each other.")
+    if args.desc and "/" in args.desc:
+        raise options.UserError(f"--desc {args.desc} is part of a folder's name and cannot have a slash.")
     if args.feature_model and not Path(args.feature_model).is_file():
         raise options.UserError(f"--feature_model {args.feature_model} is no file.")
 
 
-def effects(args, mixed_precision, takes):
-    """For each flag that may do nothing: (whether it counts in this run, what it needs). `takes`: of the `Denoiser`."""
+def effects(args, mixed_precision, denoiser):
+    """For each flag that may do nothing: (whether it counts in this run, what it needs)."""
     has_order = args.sampler_stu == "ipndm" or args.sampler_tea in MULTISTEP_TEACHERS
-    prompts = takes == "prompts" and args.guidance_type != "uncond"
+    prompts = denoiser.takes == "prompts" and args.guidance_type != "uncond"
     return {name: (args.sampler_tea in ("dpmpp", "unipc"), "--sampler_tea dpmpp or unipc")
             for name in ("predict_x0", "lower_order_final")} | {
         "max_order": (has_order, "--sampler_stu ipndm or a multistep teacher"),
         "schedule_rho": (args.schedule_type in CUSTOMARY_RHO, "a --schedule_type that has a power"),
+        "round_timesteps": (denoiser.table is not None, "a model of discrete timesteps"),
+        "clip_denoised": (denoiser.family == "adm", "a pixel U-Net of discrete timesteps"),
         "fcn": (args.scale_dir, "--scale_dir above 0"),
         "detach_history": (args.sampler_stu == "ipndm", "--sampler_stu ipndm"),
         "alpha": (args.feature_model, "--feature_model"),
@@ -138,70 +143,10 @@ def effects(args, mixed_precision, takes):
     }  # fmt: skip
 
 
-def open_validation(args, denoiser, prompts, direction_of, levels, accelerator):
-    """A function: `epd_sampling.Sampler` -> root mean squared distance of its end points to those of a long Heun run.
-
-    Each process has a part of the latents; all get the same number.
-    """
-    import torch
-    from tqdm import tqdm
-
-    from brisk import epd_distill, epd_run, epd_sampling, solvers
-
-    rank, processes, count = accelerator.process_index, accelerator.num_processes, args.eval_samples
-    first, end = count * rank // processes, count * (rank + 1) // processes
-    size = args.batch_gpu or max(args.batch // processes, 1)
-    noise, given = epd_run.draw(count, denoiser, prompts, "validation")
-    parts = []
-    for at in tqdm(range(first, end, size), desc="Reference", unit="batch", disable=not accelerator.is_main_process, leave=False):
-        stop = min(at + size, end)
-        direction = direction_of(None if given is None else given[at:stop], stop - at)
-        x = noise[at:stop] if denoiser.flow else levels[0] * noise[at:stop]
-        parts.append((direction, x, epd_distill.reference_states(direction, x, levels[-1], levels[0], args.eval_steps)))
-
-    def error(sampler):
-        total = torch.zeros((), device=denoiser.device)
-        with torch.no_grad():
-            for direction, x, reference in parts:
-                total += epd_distill.squared_distance(solvers.last(epd_sampling.states(sampler, direction, x)), reference)
-        return (accelerator.reduce(total, "sum").item() / count) ** 0.5
-
-    return error
-
-
-def measure_start(args, denoiser, untrained, para_nfe, error_of):
-    """{what: error} of the student's `untrained` sampler, and of solvers of as many network calls in turn, each on the better of
-    the model's customary and polynomial levels."""
-    from brisk import epd_sampling, solvers
-
-    found, points = {"untrained": error_of(untrained)}, para_nfe + 1 + args.afs  # of solvers each interval is one call
-    plain = solvers.SolverOptions(afs=args.afs, flow=denoiser.flow, max_order=4)
-    for name in ("ddim", "ipndm"):
-        runs = [epd_sampling.of_solver(name, denoiser, points, kind, options=plain)
-                for kind in (("flowmatch",) if denoiser.flow else (None, "polynomial"))]  # fmt: skip
-        found[name] = min(map(error_of, runs))
-    return found
-
-
 def ticked(args, step, ticks=1):
     """Whether a multiple of `ticks` ticks of --tick thousand latents was passed in the batch that led to `step`; 0: never."""
     latents = 1000 * args.tick * ticks
     return bool(ticks) and step * args.batch // latents > (step - 1) * args.batch // latents
-
-
-def add_up(accelerator, losses, found):
-    """Losses (a list) and gradients (`epd.Tables`) of this process's rows, added up over the processes."""
-    import torch
-
-    flat = torch.cat([torch.stack(losses), torch.stack(found).flatten()])
-    flat = accelerator.reduce(flat, "sum")
-    return list(flat[: len(losses)]), type(found)(*flat[len(losses) :].view(len(found), *found[0].shape))
-
-
-def flat_rows(tables):
-    """{"table/<name>/<interval>.<point>": value} of effective tables, for the log."""
-    return {f"table/{name}/{interval}.{point}": value for name, table in tables._asdict().items()
-            for interval, row in enumerate(table.tolist()) for point, value in enumerate(row)}  # fmt: skip
 
 
 def main(argv=None):
@@ -212,8 +157,8 @@ def main(argv=None):
     from accelerate.utils import broadcast_object_list
     from tqdm import tqdm
 
-    from brisk import checkpoint, denoiser_sources, denoisers, epd, epd_distill, epd_run, epd_sampling, hub, optim, predictor
-    from brisk import predictor_files, runlog, sd_models, seeding, solvers
+    from brisk import checkpoint, denoiser_sources, denoisers, epd, epd_distill, epd_run, epd_sampling, epd_validation, hub
+    from brisk import optim, predictor, predictor_files, runlog, sd_models, seeding, solvers
 
     # 2 accelerator and seeds and log
     accelerator = runlog.create_accelerator(
@@ -225,9 +170,9 @@ def main(argv=None):
         accelerator.wait_for_everyone()  # who leaves while others start breaks their start
         at_once = f" x --batch_gpu {args.batch_gpu}" if args.batch_gpu else ""
         raise options.UserError(f"--batch {args.batch} cannot be divided among {processes} processes{at_once}.")
-    cost = epd.cost(args.num_steps, args.num_points, args.afs)
     dataset = args.dataset_name or args.pretrained_model_name_or_path or args.backend or "gmm"
-    name = epd_run.run_name(dataset, args.num_steps, cost.para_nfe, args.sampler_stu, args.sampler_tea, args.M,
+    calls = epd.cost(args.num_steps, args.num_points, args.afs).para_nfe
+    name = epd_run.run_name(dataset, args.num_steps, calls, args.sampler_stu, args.sampler_tea, args.M,
                             (args.schedule_type, args.schedule_rho), args.afs, args.desc)  # fmt: skip
     output = Path(args.output_dir)
     if not args.nosubdir:  # one process decides: the others might see its folder already
@@ -248,9 +193,11 @@ def main(argv=None):
     dtype = sd_models.DTYPES.get(accelerator.mixed_precision, torch.float32)
     wanted = epd_options.model_options(args)._replace(round_timesteps=args.round_timesteps, clip_denoised=args.clip_denoised)
     denoiser = denoiser_sources.load(wanted, device, dtype)
-    classifier = denoiser_sources.load_classifier(args.classifier) if args.classifier else None
+    classifier = denoiser_sources.load_classifier(args.classifier, device) if args.classifier else None
+    cost = epd.cost(args.num_steps, args.num_points, args.afs,
+                    epd_sampling.guided_in_pairs(denoiser, args.guidance_type, args.guidance_rate))  # fmt: skip
     feature = epd_run.load_feature(args.feature_model, denoiser) if args.feature_model else None
-    for sentence in options.without_effect(given, effects(args, accelerator.mixed_precision, denoiser.takes)):
+    for sentence in options.without_effect(given, effects(args, accelerator.mixed_precision, denoiser)):
         log.warning(sentence)
     raw = epd.initial_raw(args.num_steps - 1, args.num_points, args.init, seeding.generator(seed, "tables"))
     raw = epd.Tables(*(table.to(device).requires_grad_() for table in raw))
@@ -327,14 +274,19 @@ def main(argv=None):
         log.info("Dry run: nothing was trained, nothing was saved.")
         accelerator.end_training()
         return
+    if not (args.nosubdir or resume):
+        output = Path(broadcast_object_list([epd_run.claim_folder(output) if is_main else None])[0])
+        accelerator.project_configuration.logging_dir = str(output / args.logging_dir)
     runlog.open_output(rank, output)
     repo_id = hub.create_repository(output, args.hub_model_id, args.hub_token) if args.push_to_hub and is_main else None
     if is_main:
-        checkpoint.set_aside_earlier(output, resume, log.warning)
+        checkpoint.set_aside_earlier(output, resume, log.warning, ("export", "predictor-*.json"))
         runlog.write_manifest(output, options.public(args), counts)
     runlog.start_trackers(accelerator, args.tracker_project_name, options.public(args), output / args.logging_dir)
     if args.eval_every:
-        error_of = open_validation(args, denoiser, prompts, direction_of, levels, accelerator)
+        size = args.batch_gpu or share
+        error_of = epd_validation.open_validation(args.eval_samples, size, args.eval_steps, denoiser, prompts, direction_of, levels,
+                                                  accelerator)  # fmt: skip
 
     def sampler_of(tables):
         plain = solvers.SolverOptions(afs=args.afs, flow=flow, max_order=order)
@@ -346,11 +298,13 @@ def main(argv=None):
         if error < (record["best"]["error"] if record["best"] else float("inf")):
             record["best"] = {"step": at, "error": error}
             torch._foreach_copy_(list(best), list(averages))
+            if is_main:
+                predictor_files.write(predictor_of(best, at), output / "export/predictor.json")
         accelerator.log({"validation/rmse": error}, step=at)
         log.info(f"Validation at step {at}: RMSE {error:.4g}.")
 
     if args.eval_every and record["start"] is None:
-        record["start"] = measure_start(args, denoiser, sampler_of(untrained), cost.para_nfe, error_of)
+        record["start"] = epd_validation.measure_start(denoiser, sampler_of(untrained), cost.para_nfe, error_of)
     if args.eval_every and resume and (step % args.eval_every == 0 or step == max_steps):
         validate(step)  # the checkpoint was written before it
     guard = optim.FiniteGuard(("loss",), device, "lower --learning_rate, or use --mixed_precision bf16 or no")
@@ -387,7 +341,7 @@ def main(argv=None):
             optimizer.param_groups[0]["lr"] = epd_distill.cosine_rate(args.learning_rate, step, total)
         losses = []
         for parts, found in epd_distill.updates(chains, raw, mode):
-            parts, found = add_up(accelerator, parts, found)
+            parts, found = epd_run.add_up(accelerator, parts, found)
             epd_distill.set_gradients(raw, found)
             optimizer.step()
             losses += parts
@@ -402,7 +356,7 @@ def main(argv=None):
         guard.finish_step(None, scaled=False)
         run_log.add(loss=loss, **{f"interval/{n}": torch.stack(own).mean() for n, own in enumerate(norms)})
         if run_log.due(step) or ticked(args, step) or step == max_steps:
-            values = flat_rows(epd.effective(averages, *ranges))
+            values = epd_run.flat_rows(epd.effective(averages, *ranges))
             run_log.flush(step, progress, lr=optimizer.param_groups[0]["lr"], skipped_steps=guard.check(), **values)
 
         # 10i save

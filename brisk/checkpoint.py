@@ -84,10 +84,11 @@ def find_checkpoint(output_dir, wanted, say):
     return None
 
 
-def set_aside_earlier(output_dir, resume, say):
+def set_aside_earlier(output_dir, resume, say, results=()):
     """Move another run's checkpoints and metrics into `earlier-N`, where neither pruning nor `latest` meets them.
 
-    Args: `resume`: the checkpoint that this run goes on from, or None; `say` takes a message.
+    Args: `resume`: the checkpoint that this run goes on from, or None; `say` takes a message; `results`: patterns of files and
+    folders to be moved along.
     """
     output_dir = Path(output_dir)
     if resume and Path(resume).resolve().parent == output_dir.resolve():
@@ -97,7 +98,7 @@ def set_aside_earlier(output_dir, resume, say):
         return
     target = next(path for n in itertools.count(1) if not (path := output_dir / f"earlier-{n}").exists())
     target.mkdir()
-    for path in [*found, output_dir / "metrics.jsonl"]:
+    for path in [*found, output_dir / "metrics.jsonl", *(path for pattern in results for path in output_dir.glob(pattern))]:
         if path.exists():
             path.rename(target / path.name)
     say(f"{output_dir} held {', '.join(folder.name for folder in found)} of another run: moved to {target}. To go on with that "

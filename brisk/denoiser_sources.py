@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +58,8 @@ def load(wanted, device="cpu", dtype=torch.float32):
     family = "gmm" if wanted.gmm_file and not wanted.backend else family_of(wanted.dataset_name, wanted.backend)
     if bool(wanted.gmm_file) != (family == "gmm"):
         raise UserError("--gmm_file and --backend gmm belong together: one was given without the other.")
+    if wanted.gmm_file and wanted.source:
+        raise UserError(f"--gmm_file and {FLAG} are two models: give one.")
     if family == "gmm":
         return _check_side(denoisers.load_mixture(wanted.gmm_file, device), wanted)
     source = wanted.source or _default_source(family, wanted.dataset_name)
@@ -71,8 +74,8 @@ def load(wanted, device="cpu", dtype=torch.float32):
 def _check_family(source, wanted, family, found):
     """UserError where `family` is asked for and the source is of none or one of the families `found`."""
     if family is not None and family not in found:
-        why = f"--backend {wanted.backend}" if wanted.backend else f"--dataset_name {wanted.dataset_name}"
-        raise UserError(f"{FLAG} {source} is a model of family {' or '.join(found)}, {why} asks for one of family {family}.")
+        raise UserError(f"{FLAG} {source} is a model of family {' or '.join(found)}; --backend, --dataset_name or the predictor "
+                        f"ask for one of family {family}.")  # fmt: skip
 
 
 def _check_side(denoiser, wanted):
@@ -157,8 +160,12 @@ def _bare_pipeline(folder, family, dtype):
     return diffusers.DiTPipeline(network, vae, None if is_flow else fpdm.export_scheduler(network.config))
 
 
-def load_classifier(name):
-    """What the function of "module:function", called without arguments, returns: (network input, time) -> logits. UserError."""
+def load_classifier(name, device="cpu"):
+    """What the function of "module:function", called without arguments, returns: (network input, time) -> logits. UserError.
+
+    A network is put on `device`. Modules are looked for in the current folder too.
+    """
+    sys.path.append(os.getcwd())
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)()
@@ -166,4 +173,4 @@ def load_classifier(name):
         raise UserError(f"--classifier {name} is no module:function that can be imported and called: {error}.") from None
     if not callable(found):
         raise UserError(f"--classifier {name} returned a {type(found).__name__}, not a callable classifier.")
-    return found
+    return found.to(device).eval() if isinstance(found, torch.nn.Module) else found

@@ -40,6 +40,18 @@ def choose_folder(parent, name, resume):
     return Path(parent) / f"{max(numbers, default=0) + 1:05d}-{name}"
 
 
+def claim_folder(folder):
+    """Make the run's folder, under the next free number if another run has taken it meanwhile; its path."""
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            folder = choose_folder(folder.parent, folder.name[6:], False)
+        except OSError as error:
+            raise UserError(f"--output_dir {folder.parent} cannot be written: {error.strerror}.") from None
+
+
 def draw(count, denoiser, prompts, *key):
     """Of `count` samples: noise (count, *shape) float32, and what they are conditioned on: labels (count,), prompts, or None.
 
@@ -96,6 +108,19 @@ def load_tables(folder, accelerator, raw, optimizer, others):
         optimizer.state[table] = {key: value if key == "step" else value.to(table.device) for key, value in kept.items()}
 
 
+def add_up(accelerator, losses, found):
+    """Losses (a list) and gradients (`epd.Tables`) of this process's rows, added up over the processes."""
+    flat = torch.cat([torch.stack(losses), torch.stack(found).flatten()])
+    flat = accelerator.reduce(flat, "sum")
+    return list(flat[: len(losses)]), type(found)(*flat[len(losses) :].view(len(found), *found[0].shape))
+
+
+def flat_rows(tables):
+    """{"table/<name>/<interval>.<point>": value} of effective tables, for the log."""
+    return {f"table/{name}/{interval}.{point}": value for name, table in tables._asdict().items()
+            for interval, row in enumerate(table.tolist()) for point, value in enumerate(row)}  # fmt: skip
+
+
 def load_feature(path, denoiser):
     """The features x (B, ...) -> (B, F) of the last interval's objective (arXiv 2507.14797, section 3): those that the
     TorchScript network in `path` gives of images clip(127.5 x + 128, 0, 255), decoded first. UserError.
@@ -136,7 +161,8 @@ def make_predictor(name, args, denoiser, levels, raw, training):
         schedule["flow"] = {"shift": denoiser.shift, "mu": denoiser.mu}
     source = args.pretrained_model_name_or_path
     config = {"model_name_or_path": source and redact(source), "revision": args.revision, "variant": args.variant,
-              "gmm_file": args.gmm_file, "resolution": denoiser.resolution}  # fmt: skip
+              "gmm_file": args.gmm_file, "resolution": denoiser.resolution, "round_timesteps": args.round_timesteps or None,
+              "clip_denoised": args.clip_denoised}  # fmt: skip
     model = {"dataset": args.dataset_name, "backend": denoiser.family, "img_resolution": denoiser.resolution,
              "backend_config": {key: value for key, value in config.items() if value is not None},
              "guidance_type": args.guidance_type, "guidance_rate": args.guidance_rate}  # fmt: skip

@@ -64,6 +64,17 @@ def cost(sampler, guided_pair=False):
     return epd.Cost(count - 1 + (sampler.name == "edm"), calls, calls, calls * (1 + guided_pair))
 
 
+def describe(sampler, denoiser, calls, pairs, folder):
+    """The plan as people read it."""
+    levels = f"{len(sampler.sigmas)} noise levels from {sampler.sigmas[0].item():.6g} to {sampler.sigmas[-1].item():.6g}"
+    points = f" with {sampler.points} points" if sampler.tables is not None else ""
+    twice = f" ({calls.para_nfe_cfg} if a guided pair counts twice)" if pairs else ""
+    return (f"model: {denoiser.family}, {denoiser.resolution} px\n"
+            f"sampler: {sampler.name}, {levels}, {calls.intervals} intervals{points}\n"
+            f"NFE: {calls.para_nfe} network calls one after the other{twice}, {calls.total_nfe} evaluations per image in all\n"
+            f"output: {folder}")  # fmt: skip
+
+
 def states(sampler, direction, x, split=None):
     """The state after every interval, (B, ...) like the start `x`; `split`: see `epd.step`, of predictors alone."""
     if sampler.tables is None:
@@ -107,10 +118,14 @@ def source_of(config):
     return config.get("model_name_or_path") or config.get("model_id")
 
 
-def complete(wanted, predictor):
-    """The `denoiser_sources.ModelOptions` `wanted`, what they leave open taken from the predictor; nothing if of another family."""
+def complete(wanted, predictor, force=False):
+    """The `denoiser_sources.ModelOptions` `wanted`, what they leave open taken from the predictor; nothing if of another family.
+
+    Args: `force`: a model that `wanted` names may be of any family; its own looks say which.
+    """
     family, config = family_of(predictor), predictor.model.get("backend_config") or {}
-    backend = wanted.backend or ("gmm" if wanted.gmm_file else family)
+    own = None if wanted.source and (force or family == "gmm") else family
+    backend = wanted.backend or ("gmm" if wanted.gmm_file else own)
     if backend != family:
         return wanted._replace(backend=backend)
     local = os.environ.get("FLUX_MODEL_PATH") if family == "flux" else None
@@ -118,7 +133,10 @@ def complete(wanted, predictor):
         dataset_name=wanted.dataset_name or predictor.model.get("dataset"), backend=backend,
         source=wanted.source or local or source_of(config),
         resolution=wanted.resolution or (resolution_of(predictor) if family in SIZED_FAMILIES else None),
-        gmm_file=wanted.gmm_file or config.get("gmm_file"),
+        gmm_file=wanted.gmm_file or config.get("gmm_file"), revision=wanted.revision or config.get("revision"),
+        variant=wanted.variant or config.get("variant"),
+        round_timesteps=wanted.round_timesteps or bool(config.get("round_timesteps")),
+        clip_denoised=config.get("clip_denoised") if wanted.clip_denoised is None else wanted.clip_denoised,
     )  # fmt: skip
 
 

@@ -67,6 +67,16 @@ def intermediate(folder):
     return folder.with_name(f"{folder.name}_inters")
 
 
+def unfinished_file(folder, file, suffix):
+    """Where the picture of an unfinished state goes whose finished one is `file` below `folder`."""
+    return intermediate(folder) / file.relative_to(folder).with_stem(file.stem + suffix)
+
+
+def is_drawn(folder, file, suffixes=()):
+    """Whether `file` below `folder` is there, and the pictures of its unfinished states with these `suffixes`."""
+    return file.exists() and all(unfinished_file(folder, file, suffix).exists() for suffix in suffixes)
+
+
 def named(folder, files, pictures):
     """[(path, picture)] of batches [(suffix, (B, H, W, 3))] for the `files` below `folder`; with a suffix in `intermediate`.
 
@@ -75,7 +85,7 @@ def named(folder, files, pictures):
     found = []
     for suffix, values in pictures:
         for file, value in zip(files, values, strict=True):
-            path = intermediate(folder) / file.relative_to(folder).with_stem(file.stem + suffix) if suffix else file
+            path = unfinished_file(folder, file, suffix) if suffix else file
             path.parent.mkdir(parents=True, exist_ok=True)
             found.append((path, value))
     return found

@@ -74,8 +74,10 @@ def unet(pipe, resolution=None, round_timesteps=False, clip_denoised=None):
         factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
     resolution = _unet_side(network, resolution, factor)
     rounded = round_timesteps or network.config.time_embedding_type == "learned"
-    if clip_denoised is None:
-        clip_denoised = autoencoder is None and pipe.scheduler.config.get("clip_sample", False)
+    if autoencoder is not None:
+        clip_denoised = False
+    elif clip_denoised is None:
+        clip_denoised = pipe.scheduler.config.get("clip_sample", False)
 
     def call(inputs, timestep, labels):
         return network(inputs, timestep, labels, return_dict=False)[0]

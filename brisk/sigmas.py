@@ -118,7 +118,7 @@ def time_of_sigma(table, sigma):
 
 def sigma_range(table):
     """(sigma(1e-3), sigma(1)) of the map `table`, the range its model was trained on, as floats."""
-    return tuple(sigma_of_time(table, torch.tensor([TIME_EPSILON, 1.0], dtype=torch.float64)).tolist())
+    return tuple(sigma_of_time(table, table.log_signal.new_tensor([TIME_EPSILON, 1.0])).tolist())
 
 
 def discrete(num_steps, table, rho=1.0, sigma_min=None, sigma_max=None):

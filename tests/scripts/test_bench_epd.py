@@ -13,21 +13,34 @@ sys.path.append(str(ROOT / "scripts"))  # the benchmarks import each other as sc
 import bench_latency  # noqa: E402
 import bench_latency_epd  # noqa: E402
 
-from brisk import options  # noqa: E402
+from brisk import denoisers, options, sigmas, tiny  # noqa: E402
 
 NAMES = ["Euler, equal calls", "EPD, batched", "EPD, looped", "EPD, batched, AFS", "Euler, equal total"]
 
 
-def make(*flags, device="cpu"):
+@pytest.fixture
+def small(monkeypatch):
+    """Networks with few blocks for the sizes tiny and sdxl."""
+
+    def make_unet(size, device):
+        torch.manual_seed(0)
+        with torch.device(device):
+            return tiny.make_unet({"tiny": "tiny", "sdxl": "tiny_xl"}[size]).requires_grad_(False).eval(), 7
+
+    monkeypatch.setattr(bench_latency_epd, "make_unet", make_unet)
+
+
+def make(*flags):
     """The entries of the benchmark by (name, batch size), and their U-Net."""
     args = bench_latency.parse_args(["--method=epd", "--steps=2", "--afs", *flags])
-    entries, side = bench_latency_epd.make_entries(args, torch.device(device), torch.float32)
+    entries, side = bench_latency_epd.make_entries(args, torch.device("cpu"), torch.float32)
     assert side == 8
     return {(entry.name, entry.batch_size): entry for entry in entries}, entries[0].network
 
 
-def test_figures_are_what_the_network_sees():
-    entries, unet = make("--batch_sizes=1,2", "--num_points=3")
+@pytest.mark.parametrize("size", ["tiny", "sdxl"])
+def test_figures_are_what_the_network_sees(size, small):
+    entries, unet = make("--batch_sizes=1,2", "--num_points=3", f"--size={size}")
     assert list(entries) == [(name, batch) for batch in (1, 2) for name in NAMES]
     seen, made = [], {}
     unet.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
@@ -43,7 +56,7 @@ def test_figures_are_what_the_network_sees():
     assert not torch.allclose(made["EPD, batched, AFS", 2], made["EPD, batched", 2], rtol=0.01)
 
 
-def test_without_guidance_there_is_one_row_per_point():
+def test_without_guidance_there_is_one_row_per_point(small):
     guided, plain = (make(*flags)[0] for flags in ([], ["--guidance_scale=1"]))
     for key, entry in plain.items():
         assert 2 * entry.figures["rows"] == guided[key].figures["rows"] and entry.figures["calls"] == guided[key].figures["calls"]
@@ -61,19 +74,23 @@ class Copies(TorchDispatchMode):
         return function(*args, **named)
 
 
-def test_no_call_waits_for_the_device():
-    """On the meta device, where reading a number raises; copies to a device, which wait for it, are made before the first call."""
+def test_no_call_waits_for_the_device(small, monkeypatch):
+    """On the meta device, where reading a number raises. Copies to a device wait for it: only the tables come, once a run."""
+    own = bench_latency_epd.make_denoiser(*bench_latency_epd.make_unet("tiny", "cpu"))
+    monkeypatch.setattr(sigmas, "sigma_range", lambda table: (own.sigma_min, own.sigma_max))
+    there = bench_latency_epd.make_denoiser(*bench_latency_epd.make_unet("tiny", "meta"))
+    assert there.table.log_signal.is_meta
+    direction, x = denoisers.direction_for(there, ["", ""], 2, "cfg", 7.5), torch.zeros(2, *there.shape, device="meta")
     counts = []
-    for steps in (2, 4):
-        entries, _ = make(f"--steps={steps}", "--batch_size=2", device="meta")
-        for entry in entries.values():
+    for intervals in (2, 4):
+        for sampler in bench_latency_epd.make_samplers(own, intervals, 2, True).values():
             with Copies() as copies:
-                entry.call()
+                assert bench_latency_epd.sample(sampler, direction, x).shape == x.shape
             counts.append(copies.count)
-    assert counts == [0, 4, 4, 4, 0] * 2  # the tables
+    assert counts == [0, 4, 4, 4, 0] * 2
 
 
-def test_no_call_searches_the_modules_of_the_network(monkeypatch):
+def test_no_call_searches_the_modules_of_the_network(small, monkeypatch):
     """Which `ModelMixin.dtype` does, for milliseconds in an SDXL U-Net."""
     entries, unet = make()
 
@@ -85,7 +102,7 @@ def test_no_call_searches_the_modules_of_the_network(monkeypatch):
         entry.call()
 
 
-def test_compiles_once_per_number_of_rows(monkeypatch):
+def test_compiles_once_per_number_of_rows(small, monkeypatch):
     counter, compile = CompileCounter(), torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode, dynamic: compile(self, backend=counter, dynamic=dynamic))
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -57,7 +58,8 @@ def test_values_are_the_published_ones(name):
 def test_flags_agree_with_each_other_and_all_count(name):
     args, given = script.parse_args([f"--config={name}"])
     script.check_args(args)
-    assert not options.without_effect(given, script.effects(args, args.mixed_precision, TAKES.get(name)))
+    model = SimpleNamespace(takes=TAKES.get(name), table=None, family=None)
+    assert not options.without_effect(given, script.effects(args, args.mixed_precision, model))
 
 
 @pytest.mark.quick

@@ -60,7 +60,7 @@ def test_stopped_by_sigterm_it_saves_exits_143_and_goes_on_bit_for_bit(step, set
         run_epd(*flags, output=output)
     assert stopped.value.code == 143 and f"Stopped by signal 15 after step {step}" in run_epd.log()
     assert checkpoint.damage(output / f"checkpoint-{step}") is None
-    assert not (output / "export").exists(), "a stopped run must not look finished"
+    assert not (output / "report.json").exists(), "a stopped run must not look finished"
     monkeypatch.undo()
     run = run_epd(*flags, output=output)
     assert f"Resuming from {output / f'checkpoint-{step}'}: step {step} of {STEPS}" in run.log

@@ -316,6 +316,25 @@ def test_runs_are_numbered_and_named_by_their_settings(run_epd, tmp_path):
         "00043-ms_coco-3-6-ipndm-dpm-2-logsnr-afs")  # fmt: skip
 
 
+def test_a_number_that_another_run_took_meanwhile_is_not_shared(tmp_path):
+    chosen = epd_run.choose_folder(tmp_path, "gmm-3", False)
+    assert epd_run.claim_folder(chosen) == tmp_path / "00001-gmm-3"
+    assert epd_run.claim_folder(chosen) == tmp_path / "00002-gmm-3" and (tmp_path / "00002-gmm-3").is_dir()
+
+
+def test_a_new_run_in_the_same_folder_leaves_no_old_table_to_be_found(run_epd, tmp_path):
+    run_epd("--max_train_steps=1", output=tmp_path)
+    old = (tmp_path / "export/predictor.json").read_bytes()
+    run = run_epd("--max_train_steps=1", "--seed=8", "--eval_every=0", output=tmp_path)
+    assert (tmp_path / "earlier-1/export/predictor.json").read_bytes() == old
+    assert list((tmp_path / "earlier-1").glob("predictor-*.json")) and run.rows[-1]["step"] == 1
+
+
+def test_a_prompt_on_the_command_line_replaces_the_file_of_the_recipe():
+    args, _ = train_epd.parse_args(["--config=ms_coco", "--prompt=a fox"])
+    assert args.prompt == "a fox" and args.prompt_path is None
+
+
 def test_dry_run_prints_the_plan_and_leaves_nothing(run_epd, tmp_path):
     run = run_epd("-n", "--num_steps=4", output=tmp_path / "out")
     assert "5 sequential, 8 evaluations in all, 3 intervals" in run.log and "teacher_levels 7" in run.log
@@ -372,6 +391,8 @@ def test_a_pipeline_of_prompts_is_trained_on_captions_with_guidance(run_epd, cal
     assert content.model["backend"] == "sd" and content.model["img_resolution"] == 32
     assert content.model["backend_config"]["model_name_or_path"] == f"{ROOT}/assets/tiny-teacher"
     assert content.sigmas[0].item() == pytest.approx(14.6146, rel=1e-3)
+    counted = json.loads((run.output / "report.json").read_text())
+    assert (counted["para_nfe"], counted["para_nfe_cfg"]) == (3, 6)  # a guided pair counts once, and twice
     card = (run.output / "README.md").read_text()
     assert 'pipe("a prompt", guidance_scale=2, num_inference_steps=2)' in card and "EPDScheduler.from_predictor" in card
 

@@ -319,8 +319,37 @@ def test_a_stopped_run_goes_on_and_other_settings_are_refused(sample, tmp_path, 
 def test_pictures_without_a_record_are_not_mixed_with(sample, tmp_path):
     (tmp_path / "out/000000").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "out/000000/000001.png")
-    with pytest.raises(options.UserError, match="out holds pictures and no sampling.json"):
-        sample(f"--solver euler {PIXELS} --outdir out")
+    for flag in ("", "--overwrite"):
+        with pytest.raises(options.UserError, match="out holds pictures and no sampling.json"):
+            sample(f"--solver euler {PIXELS} --outdir out {flag}")
+
+
+def test_unfinished_states_are_drawn_where_they_are_missing(sample, tmp_path, calls_of):
+    flags = f"--solver euler --num_steps 3 {PIXELS} --outdir out"
+    sample(f"{flags} --seeds 0-2")
+    folder, printed = sample(f"{flags} --seeds 0-2 --return_inters")
+    inters = tmp_path / "out_inters/000000"
+    assert "3 drawn now" in printed and sorted(path.name for path in inters.iterdir()) == [
+        f"00000{seed}_0{place}.png" for seed in range(3) for place in (1, 2)
+    ]  # fmt: skip
+    (inters / "000001_02.png").unlink()
+    assert "1 drawn now" in sample(f"{flags} --seeds 0-2 --return_inters")[1]
+    assert "nothing was left to draw" in sample(f"{flags} --seeds 0-2 --return_inters")[1]
+
+
+def test_how_a_model_is_called_is_read_from_the_predictor(tmp_path):
+    from brisk import denoiser_sources, epd_sampling
+
+    config = {"model_name_or_path": "mine", "revision": "abc", "variant": "fp16", "round_timesteps": True, "clip_denoised": False}
+    content = make_predictor(tmp_path / "p.json", backend="adm", config=config)
+    found = epd_sampling.complete(denoiser_sources.ModelOptions(), content)
+    assert found == denoiser_sources.ModelOptions(None, "adm", "mine", "abc", "fp16", round_timesteps=True, clip_denoised=False)
+    other = epd_sampling.complete(denoiser_sources.ModelOptions(source="yours"), content)
+    assert other.backend == "adm"  # which the model must be
+    assert epd_sampling.complete(denoiser_sources.ModelOptions(source="yours"), content, force=True).backend is None
+    mixture_of = make_predictor(tmp_path / "q.json", config={"gmm_file": "world.json"})
+    found = epd_sampling.complete(denoiser_sources.ModelOptions(source="yours"), mixture_of)
+    assert (found.backend, found.gmm_file) == (None, None)
 
 
 def test_layouts_of_the_folder(sample, tmp_path):
@@ -433,6 +462,8 @@ def test_a_text_model_with_prompts_by_position_or_seed(sample, tmp_path, calls_o
         sample(f"{flags} --prompt_file p.txt --seeds 4-6 --negative_prompt green")
     with pytest.raises(options.UserError, match="give --prompt, or --prompt_file"):
         sample(flags)
+    sample(f"--solver ddim --num_steps 2 --model_path {TEACHER} --guidance_type uncond --outdir unconditional --seeds 0")
+    assert calls[-1][0][1] == [""]
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(options.UserError, match="--prompt_file empty.txt holds no prompt"):
         sample(f"{flags} --prompt_file empty.txt")
@@ -534,6 +565,8 @@ def test_flags_without_effect_are_said(sample, tmp_path):
     (f"--solver euler {PIXELS} --dtype bf16 --use_fp16", "--use_fp16 and --dtype bf16 differ"),
     (f"--solver euler {PIXELS} --backend_config [1]", "JSON object"),
     (f"--solver euler {PIXELS} --backend_config '{{\"x\": 1}}'", "'x' is not one of the entries"),
+    (f"--solver euler {PIXELS} --backend_config '{{\"torch_dtype\": 5}}'", "'torch_dtype' is not one of the entries"),
+    (f"--solver euler {PIXELS} --backend_config '{{\"resolution\": \"x\"}}'", "resolution a whole number, the others texts"),
     (f"--solver euler {PIXELS} --prompt_index seed", "--prompt_index seed needs --prompt_file"),
     (f"--solver euler {PIXELS} --generator_device cuda", "--generator_device cuda needs a GPU"),
     ("--solver euler --gmm_file missing.json", "--gmm_file missing.json cannot be read"),

@@ -96,9 +96,9 @@ def test_backends_have_their_hub_models(monkeypatch, saved):
 
 
 def test_contradictions_and_wrong_places_are_one_sentence(saved, tmp_path):
-    refused(ModelOptions("lsun_bedroom_ldm", None, str(saved / "sd1")), "is a model of family sd, --dataset_name lsun")
-    refused(ModelOptions(None, "adm", str(saved / "ldm")), "is a model of family ldm, --backend adm asks for one of family adm")
-    refused(ModelOptions("ms_coco", "flux", str(saved / "sd3")), "is a model of family sd3, --backend flux")
+    refused(ModelOptions("lsun_bedroom_ldm", None, str(saved / "sd1")), "is a model of family sd; --backend")
+    refused(ModelOptions(None, "adm", str(saved / "ldm")), "the predictor ask for one of family adm")
+    refused(ModelOptions("ms_coco", "flux", str(saved / "sd3")), "is a model of family sd3; --backend")
     refused(ModelOptions(source=str(tmp_path / "none")), "is no such folder")
     refused(ModelOptions(source="owner/none"), "neither a pipeline folder nor a hub model that can be reached")
     refused(ModelOptions(source=str(tmp_path)), "holds neither a model_index.json nor a network's config.json")
@@ -173,7 +173,7 @@ def test_runs_of_train_fpdm(tmp_path, family):
     assert load(wanted).decode(torch.zeros(1, 4, 4, 4)).shape == (1, 3, 16, 16)
     fpdm.save_pipeline(tmp_path / "whole", tiny_pipelines.fpdm_pipeline().transformer, tiny.make_vae("tiny"))
     assert load(ModelOptions(source=str(tmp_path / "whole"), backend="dit")).family == "dit"
-    refused(ModelOptions(source=str(tmp_path), backend="sd"), "is a model of family dit, --backend sd asks for one of family sd")
+    refused(ModelOptions(source=str(tmp_path), backend="sd"), "the predictor ask for one of family sd")
 
 
 def test_mixtures_and_their_flags(tmp_path):
@@ -183,6 +183,7 @@ def test_mixtures_and_their_flags(tmp_path):
         assert load(wanted).family == "gmm"
     refused(ModelOptions(backend="gmm"), "--gmm_file and --backend gmm belong together")
     refused(ModelOptions(backend="sd", gmm_file=str(file)), "--gmm_file and --backend gmm belong together")
+    refused(ModelOptions(source="somewhere", gmm_file=str(file)), "--gmm_file and --pretrained_model_name_or_path are two models")
 
 
 def test_a_classifier_is_what_the_function_returns(tmp_path, monkeypatch):
@@ -191,6 +192,8 @@ def test_a_classifier_is_what_the_function_returns(tmp_path, monkeypatch):
     (tmp_path / "judge_of_tests.py").write_text(code)
     found = denoiser_sources.load_classifier("judge_of_tests:make")
     assert found(torch.ones(2, 3, 1, 1), None).shape == (2, 2)
+    network = denoiser_sources.load_classifier("torch.nn:Identity", "meta")
+    assert isinstance(network, torch.nn.Identity) and not network.training
     for name in ("judge_of_tests:other", "judge_of_tests:size", "judge_of_tests:none", "no_module:make", "judge_of_tests", ":make"):
         with pytest.raises(UserError, match="--classifier"):
             denoiser_sources.load_classifier(name)
