@@ -24,7 +24,6 @@ BLOCKS = {
 }  # fmt: skip
 # plumbing that may build a method's network
 BUILDERS = {"tiny", "denoisers", "pipeline_denoisers", "text_denoisers", "denoiser_sources", "sd_models", "students", "fpdm",
-BUILDERS = {"tiny", "denoisers", "pipeline_denoisers", "text_denoisers", "denoiser_sources", "sd_models", "students", "fpdm",
             "fpdm_options", "fpdm_sampling", "predictor", "epd_scheduler", "epd_sampling", "epd_validation", "epd_rl",
             "rewards"}  # fmt: skip
 STAGES = [
