@@ -101,6 +101,8 @@ def read_prompts(args, settings, denoiser, log):
     from brisk import epd_rl
 
     if denoiser.takes != "prompts" or settings["model.guidance_type"] == "uncond":
+        if settings["data.prompt_csv"]:
+            log.warning("data.prompt_csv has no effect: the model is not asked by prompts.")
         return None, None
     prompts = epd_options.read_prompts(None, settings["data.prompt_csv"], "data.prompt_csv")
     held = epd_options.read_prompts(None, args.eval_prompts, "--eval_prompts")
@@ -144,7 +146,7 @@ def open_evaluation(args, settings, accelerator, denoiser, sampler, direction_of
 def check_processes(args, settings, accelerator):
     """UserError where the images of an update or of an evaluation cannot be shared out."""
     processes, size = accelerator.num_processes, settings["ppo.rollout_batch_size"]
-    if size % processes or args.eval_samples < processes:
+    if size % processes or (args.eval_every and args.eval_samples < processes):
         accelerator.wait_for_everyone()  # who leaves while others start breaks their start
         what = (f"ppo.rollout_batch_size {size} cannot be divided" if size % processes else
                 f"--eval_samples {args.eval_samples} cannot be shared")  # fmt: skip
@@ -167,6 +169,8 @@ def main(argv=None):
     from brisk import runlog, sd_models, seeding
 
     start, settings, overridden, others = read_start(settings, stated, args.prefer_yaml)
+    for key in ("model.backend_options.cache_dir", "reward.cache_dir"):
+        settings[key] = settings[key] or args.cache_dir
 
     # 2 accelerator and seeds and log
     stored_dtype = settings["model.backend_options.torch_dtype"] if torch.cuda.is_available() else None
@@ -246,10 +250,12 @@ def main(argv=None):
     checkpoint.use_network_hooks(accelerator, epd_rl.save_policy, epd_rl.load_policy, arguments)
     record = saved.get("record", {"start_rewards": None, "best": None, "history": []})
     if resume:
+        flags = options.public(args)
+        epd_rl_options.check_comparable(saved["settings"] | saved["options"], settings | flags, resume)
         changed = epd_rl_options.changed(saved["settings"], settings)
         epd_rl.check_same_start(resume, policy, changed)
         accelerator.load_state(str(resume))
-        for sentence in [*changed, *options.changed_options(saved["options"], options.public(args))]:
+        for sentence in [*changed, *options.changed_options(saved["options"], flags)]:
             log.warning(sentence)
         log.info(f"Resuming from {resume}: step {step} of {args.max_train_steps}.")
 
@@ -267,12 +273,16 @@ def main(argv=None):
     runlog.open_output(rank, output)
     repo_id = hub.create_repository(output, args.hub_model_id, args.hub_token) if args.push_to_hub and is_main else None
     if is_main:
-        checkpoint.set_aside_earlier(output, resume, log.warning)
+        checkpoint.set_aside_earlier(output, resume, log.warning, ("export", "predictor-*.json", "report.json", "README.md"))
         runlog.write_manifest(output, epd_rl_options.resolved(args, settings), counts)
         predictor_files.write(start, output / epd_rl.START_FILE)
     flat = options.public(args) | {key: value for key, value in settings.items() if not isinstance(value, str)}
     runlog.start_trackers(accelerator, args.tracker_project_name, flat, output / args.logging_dir)
     score_images = open_evaluation(args, settings, accelerator, denoiser, sampler, direction_of, reward, held)
+
+    def write_report(at):
+        report = {**record, **cost._asdict(), "steps": at, "rollout_batch_size": size}
+        checkpoint.write_atomically(output / "report.json", json.dumps(report, indent=1) + "\n")
 
     def evaluate(at, tables, rows, divergence):
         scores = score_images(tables)
@@ -284,6 +294,8 @@ def main(argv=None):
         if record["best"] is None or found["reward"] > record["best"]["reward"]:
             record["best"] = record["history"][-1]
             torch._foreach_copy_(list(best), list(tables))
+        if is_main:
+            write_report(at)
         log.info(f"Evaluation at update {at}: reward {found['reward']:.4g} +- {found['standard_error']:.1g}, gain "
                  f"{found['gain']:.2g} +- {found['gain_standard_error']:.1g}, KL {found['kl']:.3g}.")  # fmt: skip
 
@@ -375,9 +387,8 @@ def main(argv=None):
                  "metrics": epd_rl.last_row(output / "metrics.jsonl", at)}  # fmt: skip
         path = epd_rl.write_export(output / "export", "predictor", start, output.name, chosen, facts, rows)
         quality = epd_rl.say_gain(record, args.eval_samples)
-        report = {**record, **cost._asdict(), "steps": args.max_train_steps, "rollout_batch_size": size}
-        checkpoint.write_atomically(output / "report.json", json.dumps(report, indent=1) + "\n")
-        epd_rl.write_card(output, predictor_files.read(path), start, settings, denoiser, args.max_train_steps, quality)
+        write_report(step)
+        epd_rl.write_card(output, predictor_files.read(path), start, settings, denoiser, step, quality)
         log.info(quality)
         if record["best"] and at == 0:
             log.warning("No evaluated table was better than the start, which is what export/predictor.json holds: train longer, or "

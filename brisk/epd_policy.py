@@ -53,7 +53,7 @@ def sanitise(tables):
     tables = Tables(*(table.double() for table in tables))
     order = tables.r.argsort(dim=-1, stable=True)
     points = order.shape[-1]
-    reordered = (order != torch.arange(points)).any(-1)
+    reordered = (order != torch.arange(points, device=order.device)).any(-1)
     tables = Tables(*(table.gather(-1, order) for table in tables))
     positions, previous = [], torch.zeros_like(tables.r[..., 0])
     for k in range(points):

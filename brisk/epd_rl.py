@@ -287,9 +287,15 @@ def export_run(run_dir, wanted=None, folder=None, device="cpu", manifest=True, p
     run_dir, notes = Path(run_dir), []
     if not (run_dir / START_FILE).is_file():
         raise UserError(f"--export {run_dir} is no folder of a run of train_epd_rl.py: it has no {START_FILE}.")
-    found = checkpoint.find_checkpoint(run_dir, wanted or "latest", notes.append)
+    try:
+        found = checkpoint.find_checkpoint(run_dir, wanted or "latest", notes.append)
+        torch.zeros(1, device=device)
+    except UserError as error:
+        raise UserError(str(error).replace("--resume_from_checkpoint", "--checkpoint")) from None
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {device} is no device of this machine.") from None
     if found is None:
-        raise UserError(f"--export {run_dir}: {' '.join(notes)}")
+        raise UserError(f"--export {run_dir} has no whole checkpoint.")
     stored = load_file(found / POLICY_FILE)
     base = epd_policy.Factors(*(stored.get(f"base.{name}") for name in epd_policy.Factors._fields))
     tables = epd.Tables(*(stored[f"start.{name}"] for name in epd.Tables._fields))

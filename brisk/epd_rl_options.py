@@ -238,6 +238,8 @@ def merge_model(settings, stated, predictor, prefer_yaml=False):
         raise UserError("model.guidance_type is cfg; it needs model.guidance_rate.")
     levels = ("schedule_type", "schedule_rho", "sigma_min", "sigma_max", "flowmatch_mu", "flowmatch_shift")
     others = any(found[f"model.{name}"] != said.get(f"model.{name}", found[f"model.{name}"]) for name in levels)
+    others = others or prefer_yaml and any(key in stated and settings[key] is not None and key not in said
+                                           for key in (f"model.{name}" for name in levels))  # fmt: skip
     return found, sentences, others
 
 
@@ -266,6 +268,20 @@ def changed(before, now):
     """Sentences on settings that differ between a checkpoint and this run."""
     return [f"{key} is {value}, the checkpoint had {before[key]}." for key, value in now.items()
             if key in before and before[key] != value]  # fmt: skip
+
+
+# what an evaluation depends on besides the tables
+COMPARED = ("model.", "reward.type", "reward.hps_version", "reward.multi.weights.", "ppo.decode_rgb", "eval_samples",
+            "eval_prompts")  # fmt: skip
+
+
+def check_comparable(before, now, where):
+    """UserError naming the first of the `COMPARED` options that differs: evaluations of the checkpoint `where` and new ones would
+    measure different things. Args: `before`, `now`: settings and flags by name."""
+    for key, value in now.items():
+        if key.startswith(COMPARED) and not key.startswith(PLACE) and key in before and before[key] != value:
+            raise UserError(f"{key} is {value}, the checkpoint {where} had {before[key]}: their evaluations cannot be compared; "
+                            "start a new run from its predictor.")  # fmt: skip
 
 
 def resolved(args, settings):

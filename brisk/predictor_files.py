@@ -86,13 +86,13 @@ def _read_safetensors(path):
     return document
 
 
-def _newest(folder):
-    """The predictor file of `folder` with the highest number in its name (else the latest written), or None."""
+def _newest(folder, by_time=False):
+    """The predictor file of `folder` with the highest number in its name, or `by_time` the one written last, or None."""
     found = [path for path in folder.glob("predictor*") if path.suffix in SUFFIXES and path.is_file()]
 
     def age(path):
         numbers = re.findall(r"\d+", path.stem)
-        return (int(numbers[-1]) if numbers else -1, path.stat().st_mtime_ns, path.suffix == ".json", path.name)
+        return (int(numbers[-1]) if numbers and not by_time else -1, path.stat().st_mtime_ns, path.suffix == ".json", path.name)
 
     return max(found, key=age, default=None)
 
@@ -100,7 +100,8 @@ def _newest(folder):
 def find(wanted, exps="exps"):
     """The predictor file that `wanted` names: a file, a folder of a run, or the number of an experiment below `exps`.
 
-    In a folder the newest of export/predictor*, else of predictor*, with the endings of `SUFFIXES`. UserError.
+    In a folder the last written of export/predictor*, else the highest number of predictor*, with the endings of `SUFFIXES`.
+    UserError.
     """
     wanted = str(wanted)
     path = Path(wanted)
@@ -115,7 +116,7 @@ def find(wanted, exps="exps"):
             )
         path = found[0]
     if path.is_dir():
-        newest = _newest(path / "export") or _newest(path)
+        newest = _newest(path / "export", by_time=True) or _newest(path, by_time=path.name == "export")
         if newest is None:
             pickles = "; convert its .pkl with scripts/convert_epd_predictor.py" if any(path.glob("*.pkl")) else ""
             raise UserError(

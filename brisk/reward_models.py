@@ -83,10 +83,15 @@ class WeightsFile(NamedTuple):
         """The UserError that says why the file cannot be used."""
         return UserError(f"{self.key} {self.path} cannot be used: {reason}; {self.where}.")
 
-    def read(self):
-        """{name: tensor} of a .safetensors file, or of a .pt or .pth file, in which nothing but tensors is read. UserError."""
+    def checked(self):
+        """Itself, where there is such a file. UserError."""
         if not Path(self.path).is_file():
             raise self.refusal("there is no such file")
+        return self
+
+    def read(self):
+        """{name: tensor} of a .safetensors file, or of a .pt or .pth file, in which nothing but tensors is read. UserError."""
+        self.checked()
         try:
             if Path(self.path).suffix == ".safetensors":
                 return load_file(self.path)

@@ -5,6 +5,8 @@ A head gives raw scores in its authors' units; a mix brings them to [0, 1] (arXi
 
 import importlib
 import json
+import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,7 +152,7 @@ def _hps(settings, device):
         raise UserError(f"reward.hps_version is {settings.hps_version}; it must be one of {', '.join(HPS_FILES)}.")
     name, key = HPS_FILES[settings.hps_version], "reward.weights_path"
     path = settings.weights_path or reward_models.download("xswu/HPSv2", name, settings.cache_dir, key)
-    file = reward_models.WeightsFile(path, key, HPS_SOURCE.format(name))
+    file = reward_models.WeightsFile(path, key, HPS_SOURCE.format(name)).checked()
     source = _options(settings, "pickscore")["processor"]
     return reward_models.load_hps(file, source, "reward.multi.pickscore.processor", settings.cache_dir, device).cosine
 
@@ -172,7 +174,7 @@ def _imagereward(settings, device):
             raise UserError(f"{section}.med_config {own['med_config']} cannot be read ({error}); leave the key out for "
                             "the published network.") from None  # fmt: skip
     path = own["checkpoint"] or reward_models.download("THUDM/ImageReward", "ImageReward.pt", own["cache_dir"], key)
-    file = reward_models.WeightsFile(path, key, IMAGE_REWARD_SOURCE)
+    file = reward_models.WeightsFile(path, key, IMAGE_REWARD_SOURCE).checked()
     return reward_models.load_image_reward(file, network, own["tokenizer"], f"{section}.tokenizer", own["cache_dir"], device)
 
 
@@ -187,8 +189,9 @@ def _aesthetic(settings, device):
     if not own["predictor_path"]:
         raise UserError(f"{key} is not given; {AESTHETIC_SOURCE}.")
     source, clip_key = own["clip_path"], f"{section}.clip_path"
+    file = reward_models.WeightsFile(own["predictor_path"], key, AESTHETIC_SOURCE).checked()
     clip = reward_models.load_clip(source, clip_key, source, clip_key, own["cache_dir"], device)
-    score = reward_models.load_aesthetic(reward_models.WeightsFile(own["predictor_path"], key, AESTHETIC_SOURCE), clip)
+    score = reward_models.load_aesthetic(file, clip)
     return lambda images, prompts: score(images)
 
 
@@ -197,7 +200,7 @@ def _mps(settings, device):
     key = f"{section}.checkpoint"
     if not own["checkpoint"]:
         raise UserError(f"{key} is not given; {MPS_SOURCE}.")
-    file = reward_models.WeightsFile(own["checkpoint"], key, MPS_SOURCE)
+    file = reward_models.WeightsFile(own["checkpoint"], key, MPS_SOURCE).checked()
     return reward_mps.load_mps(file, own["processor"], f"{section}.processor", own["cache_dir"], device)
 
 
@@ -244,6 +247,7 @@ def _handwriting(device):
 def _own(name):
     """The user's function of (images, prompts or else labels) -> one score per image. UserError."""
     module, _, function = name.partition(":")
+    sys.path.append(os.getcwd())
     try:
         score = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:

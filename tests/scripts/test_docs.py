@@ -17,10 +17,11 @@ import sample_epd
 import sample_fpdm
 import train_bksdm_distill as bksdm
 import train_epd as epd
+import train_epd_rl as epd_rl
 import train_fpdm as fpdm
 import train_splam_distill_sd_wds as slam
 from brisk import bksdm as method
-from brisk import data, dit, fpdm_options, options
+from brisk import data, dit, epd_rl_options, fpdm_options, options, rewards
 
 pytestmark = pytest.mark.quick
 
@@ -61,7 +62,7 @@ def parser_of(parse_args):
 def declared_flags():
     """The flags that any script of the repository declares, read from its source, and those that FPDM's and EPD's put together."""
     declared = {"--help"}
-    for script in (fpdm, sample_fpdm, epd, sample_epd):
+    for script in (fpdm, sample_fpdm, epd, epd_rl, sample_epd):
         declared |= set(parser_of(script.parse_args)._option_string_actions)
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -142,12 +143,15 @@ METHODS = [
                   "names and snapshots"), set()),
 ]
 MODULES = {  # whose every function is in the equation table, where not the page's own
-    "fpdm": ("dit", "gaussian", "fixed_point"), "epd": ("sigmas", "solvers", "epd", "epd_distill", "denoiser_maps"),
+    "fpdm": ("dit", "gaussian", "fixed_point"),
+    "epd": ("sigmas", "solvers", "epd", "epd_distill", "denoiser_maps", "epd_policy", "dirichlet"),
 }  # fmt: skip
-SAMPLERS = [  # page, script, groups of flags whose every member is listed and no other
-    ("fpdm", sample_fpdm, ("sampler", "fixed-point layer")),
-    ("epd", sample_epd, ("predictor, or solver in place of it", "images", "output", "speed")),
-]
+SECTIONS = [  # page, its section, script, groups of flags whose every member is listed there and no other
+    ("fpdm", "Sampling", sample_fpdm, ("sampler", "fixed-point layer")),
+    ("epd", "Sampling", sample_epd, ("predictor, or solver in place of it", "images", "output", "speed")),
+    ("epd", "Stage 2", epd_rl, ("method (arXiv 2512.22796)", "precision, memory and speed", "names",
+                                "export of a run's policy, in place of training")),
+]  # fmt: skip
 
 
 def flags_of_table(table):
@@ -168,12 +172,48 @@ def test_method_flags_are_all_listed_with_their_defaults(name, script, titles, u
     assert wanted - set(listed) == unlisted
 
 
-@pytest.mark.parametrize("name, script, titles", SAMPLERS, ids=[sampler[0] for sampler in SAMPLERS])
-def test_sampling_flags_are_all_listed_with_their_defaults(name, script, titles):
+@pytest.mark.parametrize("name, section, script, titles", SECTIONS, ids=[script.__name__ for _, _, script, _ in SECTIONS])
+def test_flags_of_a_section_are_all_listed_with_their_defaults(name, section, script, titles):
     groups = [group for group in parser_of(script.parse_args)._action_groups if group.title in titles]
     wanted = {f"--{action.dest}": str(action.default) for group in groups for action in group._group_actions}
     assert len(groups) == len(titles)
-    assert flags_of_table(page(f"{name}.md").split("\n## Sampling")[1].split("\n## ")[0]) == wanted
+    assert flags_of_table(page(f"{name}.md").split(f"\n## {section}")[1].split("\n## ")[0]) == wanted
+
+
+RECIPES_OF_RL = ("rl_sd15", "rl_sd3_512", "rl_sd3_1024", "rl_flux_dev")
+
+
+def values_of_keys(*flags):
+    """{key: value} of a command line of train_epd_rl.py, the keys that are flags included."""
+    args, _, settings, _ = epd_rl.parse_args(list(flags))
+    return settings | {key: getattr(args, flag) for key, flag in epd_rl_options.FLAGS.items()}
+
+
+def read_value(cell):
+    """What a cell of the table of keys says: JSON, or plain text."""
+    try:
+        return json.loads(cell)
+    except ValueError:
+        return cell
+
+
+def test_yaml_keys_are_all_listed_with_their_defaults_and_shipped_values():
+    rows = rows_below("\n### Settings", "epd.md")
+    defaults, recipes = values_of_keys(), [values_of_keys(f"--config={name}") for name in RECIPES_OF_RL]
+    assert {key.strip("`"): read_value(default) for key, default, *_ in rows} == defaults
+    for key, _, shipped, _ in rows:
+        key = key.strip("`")
+        found = [recipe[key] for recipe in recipes]
+        if shipped == "own":
+            assert len({str(value) for value in found} - {str(defaults[key])}) > 1, key
+            continue
+        stated = [read_value(cell) for cell in shipped.split(" / ")] if shipped else [defaults[key]]
+        assert found == (stated * 4 if len(stated) == 1 else stated), key
+
+
+def test_rewards_of_the_epd_page_are_the_codes():
+    listed = [row[0].strip("`") for row in rows_below("\n### Rewards", "epd.md")]
+    assert listed == [*rewards.MIXED, *rewards.ALONE, "module:function"]
 
 
 @pytest.mark.parametrize("name", [method[0] for method in METHODS])
@@ -273,6 +313,10 @@ def test_figures_of_the_demo_have_one_delimited_place(name):
     assert len(re.findall(r"<!-- demo figures: begin -->\n.*?\n<!-- demo figures: end -->", page(f"{name}.md"), re.DOTALL)) == 1
 
 
+def test_figures_of_the_demo_of_rl_have_one_delimited_place():
+    assert len(re.findall(r"<!-- rl demo figures: begin -->\n.*?<!-- rl demo figures: end -->", page("epd.md"), re.DOTALL)) == 1
+
+
 def test_skip_reasons_are_the_codes():
     tree = ast.parse((ROOT / "brisk/samples.py").read_text())
     raised = {text for node in ast.walk(tree) if isinstance(node, ast.Raise) and "Skip" in ast.dump(node)
@@ -318,6 +362,8 @@ def test_commands_parse_as_printed(path, monkeypatch, tmp_path):
             options.data_options(parsed[0])
         if script is epd:
             script.check_args(parsed[0])
+        if script is epd_rl and not parsed[0].export:
+            epd_rl_options.check(*parsed[2:])
         if script is fpdm:
             script.check_args(parsed[0])
             fpdm_options.network_config(parsed[0])

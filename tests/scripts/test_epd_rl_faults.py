@@ -67,6 +67,8 @@ BAD = {
     "unknown grouping": (["--rloo_group=batch"], ["--rloo_group", "prompt", "mixed"]),
     "tracker": (["--report_to=paper"], ["--report_to paper"]),
     "unknown flag": (["--max_step=4"], ["--max_step", "--max_steps"]),
+    "levels of a model that the predictor does not state": (["model.flowmatch_mu=0.7", "model.schedule_type=flowmatch",
+                                                             "--prefer_yaml"], ["model.schedule_type flowmatch"]),
     "no run to export": (["--export=nowhere"], ["--export nowhere", "configs/start.json"]),
 }  # fmt: skip
 

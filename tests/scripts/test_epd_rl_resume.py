@@ -129,3 +129,20 @@ def test_other_tables_are_refused(unbroken, tmp_path):
     other = start_file(tmp_path, scale=0.3)
     with pytest.raises(UserError, match="data.predictor_snapshot is .*, the checkpoint had"):
         run(tmp_path / "out", other, *FLAGS, f"--resume={unbroken().output / 'checkpoint-4'}")
+
+
+@pytest.mark.parametrize("change, words", [
+    ("reward.type=dummy", "reward.type is dummy, the checkpoint"), ("--eval_samples=9", "eval_samples is 9, the checkpoint"),
+])  # fmt: skip
+def test_evaluations_of_other_things_are_not_compared(change, words, start, tmp_path):
+    run(tmp_path / "out", start, "--max_steps=1", "--eval_every=1")
+    with pytest.raises(UserError, match=words):
+        run(tmp_path / "out", start, "--max_steps=2", "--eval_every=1", change, "--resume=latest")
+
+
+def test_a_new_run_in_the_same_folder_leaves_no_old_result_to_be_found(start, tmp_path):
+    run(tmp_path / "out", start, "--max_steps=1", "--eval_every=1")
+    (tmp_path / "out/report.json").write_text("old")
+    run(tmp_path / "out", start, "--max_steps=1", "--eval_every=0", "--seed=9")
+    assert (tmp_path / "out/earlier-1/report.json").read_text() == "old"
+    assert (tmp_path / "out/earlier-1/export/predictor.json").is_file()

@@ -13,7 +13,7 @@ from torch.distributions import Dirichlet, LogNormal, kl_divergence
 
 import sample_epd
 import train_epd_rl
-from brisk import denoisers, epd, epd_rl, predictor_files, sample_seeds, seeding
+from brisk import denoisers, epd, epd_rl, options, predictor_files, sample_seeds, seeding
 
 STEPS = 3
 
@@ -232,6 +232,12 @@ def test_any_checkpoint_can_be_exported(point, start, tmp_path, capsys):
     assert same == [point == "mean"] * 4
     train_epd_rl.main([f"--export={done.output}", "--checkpoint=checkpoint-1", f"--output_dir={tmp_path / 'own'}", "--no_manifest"])
     assert [file.name for file in (tmp_path / "own").iterdir()] == ["predictor-000001.json"]
+    for flag, words in (("--checkpoint=checkpoint-9", "--checkpoint checkpoint-9 is neither"), ("--device=foo", "--device foo")):
+        with pytest.raises(options.UserError, match=words):
+            train_epd_rl.main([f"--export={done.output}", flag])
+    own = done.output / "export/predictor.json"
+    own.write_text(own.read_text())  # as a training that goes on does
+    assert predictor_files.find(done.output) == own
     manifest = json.loads((done.output / "export/manifest-000002.json").read_text())
     assert manifest["checkpoint"] == "checkpoint-2" and manifest["metrics"]["step"] == 2
 

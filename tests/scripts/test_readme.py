@@ -42,8 +42,9 @@ def fpdm_commands():
 
 
 def epd_commands():
-    """The lines of the blocks that belong to EPD, in order."""
-    return [line for block in commands() if "_epd" in block and "demo" not in block for line in block.splitlines()]
+    """The lines of the blocks that belong to EPD, in order; not of those on rewards."""
+    return [line for block in commands() if "_epd" in block and "_rl" not in block and "demo" not in block
+            for line in block.splitlines()]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +281,37 @@ def test_epd_is_distilled_and_sampled_as_printed(epd_models, run_epd, monkeypatc
     assert (epd_models / "castle.png").is_file()
 
 
+def test_epd_is_tuned_by_a_reward_and_sampled_as_printed(epd_models, monkeypatch):
+    """The commands follow each other; only sizes, reward model, launcher and device differ, and what has to be downloaded."""
+    from accelerate.state import AcceleratorState
+    from inprocess import train
+    from tiny_rewards import open_clip_shapes, random_state, write_clip
+    from transformers import CLIPTokenizer
+
+    from brisk import predictor_files, reward_models, rewards
+
+    monkeypatch.chdir(epd_models)
+    write_clip(epd_models / rewards.H14)
+    shapes = open_clip_shapes(len(CLIPTokenizer.from_pretrained(epd_models / rewards.H14)))
+    torch.save(random_state(shapes), "hps.pt")
+    monkeypatch.setattr(reward_models, "download", lambda repository, *rest: {"xswu/HPSv2": "hps.pt"}[repository])
+    [tune, sample] = [line for block in commands() if "train_epd_rl.py" in block for line in block.splitlines()]
+    [convert] = [line for line in epd_commands() if "convert_epd_predictor" in line]
+    monkeypatch.setattr(sys, "argv", shlex.split(convert)[1:])
+    runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+    launch, script, *flags = shlex.split(tune)[1:]
+    sizes = {"ppo.rollout_batch_size": 4, "ppo.rloo_k": 2, "ppo.minibatch_size": 2, "reward.batch_size": 2}
+    small = [*(f"--override={key}={value}" for key, value in sizes.items()), "--max_train_steps=1", "--eval_samples=2"]
+    assert (launch, script) == ("launch", "train_epd_rl.py") and flags[-3:] == ["--output_dir", "outputs/sd15-rl", "--nosubdir"]
+    [row] = train("outputs/sd15-rl", *flags, *small, script="train_epd_rl")
+    assert row["mixed_reward_std"] > 0 and row["hps_mean"] == row["mixed_reward_mean"]
+    assert predictor_files.load("outputs/sd15-rl").document["stage"] == "rl"
+    AcceleratorState._reset_state(True)
+    monkeypatch.setattr(sys, "argv", [*shlex.split(sample)[2:], "--seeds=0-1"])
+    runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+    assert len(list(epd_models.glob("samples/sd15-rl/**/*.png"))) == 2
+
+
 def test_epd_flags_of_the_readme_have_their_defaults():
     from test_docs import parser_of
 
@@ -300,7 +332,7 @@ def test_epd_flags_of_the_readme_have_their_defaults():
 def test_shell_scripts_named_in_the_readme_exist():
     named = re.findall(r"bash (scripts/\w+\.sh)", README)
     assert {"scripts/quickstart.sh", "scripts/test.sh", "scripts/demo_bksdm.sh", "scripts/demo_fpdm.sh",
-            "scripts/demo_epd.sh"} <= set(named)
+            "scripts/demo_epd.sh", "scripts/demo_epd_rl.sh"} <= set(named)
     for name in named:
         assert subprocess.run(["bash", "-n", str(ROOT / name)]).returncode == 0
 
