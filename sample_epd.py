@@ -74,8 +74,8 @@ def parse_args(argv=None):
     options.add_flag(group, "--allow_tf32", "allow TF32 matrix products on Ampere and newer GPUs", True)
     options.add_flag(group, "--compile", "torch.compile the network")
     options.add_flag(group, "--dry_run", "print the plan and stop")
-    for flag, *others in (("--predictor_path", "--predictor"), ("--batch", "--max_batch_size"), ("--outdir", "--output_dir")):
-        parser.alias(flag, *others)
+    for flag, other in (("predictor_path", "--predictor"), ("batch", "--max_batch_size"), ("outdir", "--output_dir"), ("dry_run", "-n")):
+        parser.alias(f"--{flag}", other)
     parser.exclusive.append(("prompt", "prompt_file"))
     args, given = options.parse(parser, argv, "configs/epd")
     check_flags(args)
@@ -129,6 +129,7 @@ def resolve(args, predictor):
             raise options.UserError(f"{conflicts[0]}: leave the flag out.")
         said = refuse(epd_sampling.model_conflicts(predictor, wanted, args.guidance_type, args.guidance_rate), args.force_model)
         wanted = epd_sampling.complete(wanted, predictor, args.force_model)
+        said = said + epd_sampling.other_model(predictor, wanted.source)
         config = {**(predictor.model.get("backend_config") or {}), **config}
         stored = predictor.model.get("guidance_type")
         if args.guidance_type in (None, stored):
