@@ -1,8 +1,7 @@
 #!/usr/bin/env python
 """Sample images with an EPD-Solver predictor (arXiv 2507.14797, 2512.22796), or with a plain solver to compare it with.
 
-What the predictor knows is read from it. The image of a seed depends on the seed alone: any split over batches and processes
-gives the same images, and a stopped run goes on where it was.
+What the predictor knows is read from it. An image depends on its seed alone, however batches and processes split the work.
 """
 
 import datetime
@@ -74,8 +73,10 @@ def parse_args(argv=None):
     options.add_flag(group, "--allow_tf32", "allow TF32 matrix products on Ampere and newer GPUs", True)
     options.add_flag(group, "--compile", "torch.compile the network")
     options.add_flag(group, "--dry_run", "print the plan and stop")
-    for flag, *others in (("--predictor_path", "--predictor"), ("--batch", "--max_batch_size"), ("--outdir", "--output_dir")):
-        parser.alias(flag, *others)
+    parser.alias("--predictor_path", "--predictor")
+    parser.alias("--batch", "--max_batch_size")
+    parser.alias("--outdir", "--output_dir")
+    parser.alias("--dry_run", "-n")
     parser.exclusive.append(("prompt", "prompt_file"))
     args, given = options.parse(parser, argv, "configs/epd")
     check_flags(args)
@@ -129,6 +130,7 @@ def resolve(args, predictor):
             raise options.UserError(f"{conflicts[0]}: leave the flag out.")
         said = refuse(epd_sampling.model_conflicts(predictor, wanted, args.guidance_type, args.guidance_rate), args.force_model)
         wanted = epd_sampling.complete(wanted, predictor, args.force_model)
+        said = said + epd_sampling.other_model(predictor, wanted.source)
         config = {**(predictor.model.get("backend_config") or {}), **config}
         stored = predictor.model.get("guidance_type")
         if args.guidance_type in (None, stored):
@@ -333,8 +335,7 @@ def main(argv=None):
     # 1 the predictor, and what the flags say
     known = predictor_files.load(args.predictor_path) if args.predictor_path else None
     if args.describe:
-        print(predictor.describe(known))
-        return
+        return print(predictor.describe(known))
     wanted, config, said = resolve(args, known)
     if args.seeds:
         read_seeds(args.seeds)  # refused before anything is loaded

@@ -386,7 +386,7 @@ def main(argv=None):
         chosen = (best, record["best"]["step"]) if record["best"] else (averages, step)
         content = predictor_of(*chosen)
         predictor_files.write(content, output / "export/predictor.json")
-        quality = epd_run.say_errors(record, cost.para_nfe)
+        quality = epd_run.say_errors(record, cost.para_nfe, args.eval_steps)
         report = {**record, **cost._asdict(), "steps": max_steps, "batch": args.batch}
         checkpoint.write_atomically(output / "report.json", json.dumps(report, indent=1) + "\n")
         epd_run.write_card(output, content, args, denoiser, max_steps, quality)

@@ -63,6 +63,10 @@ def load(wanted, device="cpu", dtype=torch.float32):
     if family == "gmm":
         return _check_side(denoisers.load_mixture(wanted.gmm_file, device), wanted)
     source = wanted.source or _default_source(family, wanted.dataset_name)
+    if family == "edm" and wanted.dataset_name in DOWNLOADS and not Path(source).exists():
+        raise UserError(f"{FLAG} {source} does not exist: it has to be downloaded, {DOWNLOADS[wanted.dataset_name]}.")
+    if family == "edm" and (Path(source) / "model_index.json").is_file():
+        raise UserError(f"{FLAG} {source} is a pipeline of diffusers, a network of family edm is asked for.")
     if family == "edm" or (family is None and _is_edm(source)):
         return _check_side(denoisers.load_edm(source, device, dtype), wanted)
     pipe = _load_pipeline(source, wanted, family, dtype).to(device)

@@ -173,14 +173,15 @@ def make_predictor(name, args, denoiser, levels, raw, training):
     return predictor.make(name, "distilled", solver, schedule, model, raw=tables, teacher=teacher, training=training)
 
 
-def say_errors(record, para_nfe):
-    """A sentence on what validation found. Args: `record`: {"start": {what: error}, "best": {"step", "error"} or None}."""
+def say_errors(record, para_nfe, num_steps):
+    """A sentence on what validation found. Args: `record`: {"start": {what: error}, "best": {"step", "error"} or None};
+    `num_steps` of the run it compares with."""
     if record["best"] is None:
         return "No validation measured its error."
     start = record["start"]
-    return (f"Distance to the exact end points (RMSE): untrained {start['untrained']:.4g} -> trained {record['best']['error']:.4g} "
-            f"(update {record['best']['step']}); DDIM {start['ddim']:.4g}, iPNDM {start['ipndm']:.4g} at the same para-NFE "
-            f"{para_nfe}.")  # fmt: skip
+    return (f"Distance to a Heun run of {num_steps} levels (RMSE): untrained {start['untrained']:.4g} -> trained "
+            f"{record['best']['error']:.4g} (update {record['best']['step']}); DDIM {start['ddim']:.4g}, iPNDM "
+            f"{start['ipndm']:.4g} at the same para-NFE {para_nfe}.")  # fmt: skip
 
 
 CARD = """---
@@ -202,7 +203,7 @@ learning rate {lr:g}. {quality}
 Sample with it:
 
 ```bash
-python sample_epd.py --predictor_path {path}
+python sample_epd.py --predictor_path {path}{prompt}
 ```
 
 {snippet}`export/predictor.json` holds the tables; `train_config.yaml` the options, `metrics.jsonl` the course of the run.
@@ -232,7 +233,9 @@ def write_card(output, content, args, denoiser, steps, quality):
     call = {"prompts": f'"a prompt"{rate}, ', "classes": f"class_labels=[0]{rate}, ", None: ""}[denoiser.takes]
     source = args.pretrained_model_name_or_path
     snippet = SNIPPET.format(source=source, path=output, call=call, intervals=content.nfe.intervals)
+    prompt = ' --prompt "a prompt"' if denoiser.takes == "prompts" and args.guidance_type != "uncond" else ""
     card = CARD.format(
+        prompt=prompt,
         name=content.name, steps=steps, batch=args.batch, lr=args.learning_rate, quality=quality, path=output,
         description=predictor.describe(content), snippet=snippet if source and denoiser.family in IN_PIPELINES else "",
         teacher=f"`{args.sampler_tea}` with {args.M} points inserted into every interval{substeps}",

@@ -160,6 +160,14 @@ def model_conflicts(predictor, wanted, guidance_type, guidance_rate):
             for flag, now, before in pairs if None not in (now, before) and now != before]  # fmt: skip
 
 
+def other_model(predictor, source):
+    """[a sentence] where the model `source` is not the one that a predictor names, else []."""
+    stored = source_of(predictor.model.get("backend_config") or {})
+    if None in (stored, source) or source == stored:
+        return []
+    return [f"the predictor {predictor.name} was made for {stored}: on another model its table is a guess."]
+
+
 def denoiser_conflicts(predictor, denoiser):
     """Sentences about a loaded `Denoiser` that is not of the kind the predictor is for."""
     name, family, side = predictor.name, family_of(predictor), resolution_of(predictor)

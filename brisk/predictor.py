@@ -278,11 +278,13 @@ def describe(predictor):
     """Text for people: what it is for, what it costs, its table."""
     document, solver, model, nfe = predictor.document, predictor.solver, predictor.model, predictor.nfe
     schedule, teacher = document["schedule"], document.get("teacher") or {}
+    config = model.get("backend_config") or {}
     guided = model.get("guidance_type")
+    subject, rate = model.get("dataset") or config.get("model_name_or_path") or "not named", model.get("guidance_rate")
     pieces = [
         model.get("backend") or "unknown family",
         f"{model['img_resolution']} px" if model.get("img_resolution") else None,
-        f"guidance {guided} {model.get('guidance_rate') or 0:g}" if guided else "no guidance",
+        f"guidance {guided}" + (f" {rate:g}" if rate is not None else "") if guided else "no guidance",
     ]
     order = f"order {solver.max_order or 3} history, " if solver.student == "ipndm" else ""
     calls = f"{nfe.para_nfe} sequential, {nfe.total_nfe} evaluations in all, {nfe.intervals} intervals"
@@ -292,7 +294,7 @@ def describe(predictor):
     ends = f"{predictor.sigmas[0].item():.6g} to {predictor.sigmas[-1].item():.6g}"
     lines = [
         f"{predictor.name} ({document['stage']})",
-        f"model     {model.get('dataset') or 'unknown dataset'}: {', '.join(piece for piece in pieces if piece)}",
+        f"model     {subject}: {', '.join(piece for piece in pieces if piece)}",
         f"solver    {solver.student}, {solver.num_points} points per interval, {order}"
         f"{'analytic' if solver.afs else 'no analytic'} first step",
         f"schedule  {schedule['type']}{rho}, {solver.num_steps} sigmas from {ends}",

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from brisk import predictor
-from brisk.checkpoint import write_atomically
+from brisk.checkpoint import MARKER, write_atomically
 from brisk.options import UserError
 
 HEADER = "epd_predictor"  # key of the safetensors header
@@ -119,8 +119,11 @@ def find(wanted, exps="exps"):
         newest = _newest(path / "export", by_time=True) or _newest(path, by_time=path.name == "export")
         if newest is None:
             pickles = "; convert its .pkl with scripts/convert_epd_predictor.py" if any(path.glob("*.pkl")) else ""
+            hint = "; give the folder of the run, one above" if (path / MARKER).is_file() else pickles
+            runs = sorted(folder.parent.name for folder in path.glob("*/export"))
+            hint = f"; it holds runs that do: {', '.join(runs[:5])}" if runs else hint
             raise UserError(
-                f"--predictor_path {wanted}: {path} holds no predictor*.json and no predictor*.safetensors{pickles}."
+                f"--predictor_path {wanted}: {path} holds no predictor*.json and no predictor*.safetensors{hint}."
             )
         return newest
     if not path.is_file():

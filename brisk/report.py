@@ -8,8 +8,10 @@ from pathlib import Path
 from brisk.checkpoint import write_atomically
 
 COLUMNS = {
-    "digit": ".3g", "foreground": ".3g", "background": ".3g", "all": ".3g", "frechet": ".3g", "psnr_to_teacher": ".3g",
-    "seconds_per_image": ".4f", "network_calls": ".3g", "budget": "d", "blocks": ",d", "gmacs_per_image": ".3g", "parameters": ",d",
+    "reward": ".3g", "gain": ".3g", "kl": ".3g",
+    "end_error": ".3g", "agreement": ".3g", "digit": ".3g", "foreground": ".3g", "background": ".3g", "all": ".3g",
+    "frechet": ".3g", "psnr_to_teacher": ".3g", "total_calls": "d", "seconds_per_image": ".4f", "seconds_alone": ".4f",
+    "network_calls": ".3g", "budget": "d", "blocks": ",d", "gmacs_per_image": ".3g", "parameters": ",d",
     "gmacs": ".3g", "weights_mib": ".3g", "activations_mib": ".3g", "seconds_per_step": ".3f", "scheduler": "",
 }  # fmt: skip
 AXES = {"network_calls": ("U-Net evaluations per image", "log"), "parameters": ("parameters of the U-Net", "linear")}

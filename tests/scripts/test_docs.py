@@ -308,7 +308,7 @@ def test_feature_pairs_on_the_bksdm_page_are_as_many_as_the_stored_ones():
         assert len(stored[f"{renamed.get(preset, preset)}/{name}"]) == count
 
 
-@pytest.mark.parametrize("name", ["bksdm", "fpdm"])
+@pytest.mark.parametrize("name", ["bksdm", "fpdm", "epd"])
 def test_figures_of_the_demo_have_one_delimited_place(name):
     assert len(re.findall(r"<!-- demo figures: begin -->\n.*?\n<!-- demo figures: end -->", page(f"{name}.md"), re.DOTALL)) == 1
 

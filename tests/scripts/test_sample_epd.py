@@ -344,6 +344,8 @@ def test_how_a_model_is_called_is_read_from_the_predictor(tmp_path):
     content = make_predictor(tmp_path / "p.json", backend="adm", config=config)
     found = epd_sampling.complete(denoiser_sources.ModelOptions(), content)
     assert found == denoiser_sources.ModelOptions(None, "adm", "mine", "abc", "fp16", round_timesteps=True, clip_denoised=False)
+    assert epd_sampling.other_model(content, "mine") == epd_sampling.other_model(content, None) == []
+    assert "was made for mine" in epd_sampling.other_model(content, "yours")[0]
     other = epd_sampling.complete(denoiser_sources.ModelOptions(source="yours"), content)
     assert other.backend == "adm"  # which the model must be
     assert epd_sampling.complete(denoiser_sources.ModelOptions(source="yours"), content, force=True).backend is None

@@ -282,7 +282,7 @@ def test_description_has_the_facts_and_a_row_per_point():
     assert "twice: 6 sequential" in predictor.describe(predictor.from_document(guided, "FILE"))
     bare = changed(["model"], {}) | {"teacher": None, "raw": None}
     bare["schedule"]["rho"] = None
-    assert "unknown dataset: unknown family, no guidance" in predictor.describe(predictor.from_document(bare, "FILE"))
+    assert "not named: unknown family, no guidance" in predictor.describe(predictor.from_document(bare, "FILE"))
 
 
 def test_released_predictors_load_and_keep_their_content(pytestconfig, tmp_path):
@@ -303,3 +303,13 @@ def test_released_predictors_load_and_keep_their_content(pytestconfig, tmp_path)
             assert all((one - two).abs().max() < 1e-7 for one, two in zip(again.tables, content.tables, strict=True))
             assert all(torch.equal(one, two) for one, two in zip(again.raw[:4], content.raw[:4], strict=True))
         assert content.name in predictor.describe(content)
+
+
+def test_folders_that_are_nearly_right_are_pointed_out(tmp_path):
+    (tmp_path / "run/checkpoint-2").mkdir(parents=True)
+    (tmp_path / "run/checkpoint-2/trainer_state.json").write_text("{}")
+    (tmp_path / "run/checkpoint-2/random_states_0.pkl").write_text("")
+    (tmp_path / "run/export").mkdir()
+    for wanted, hint in (("run/checkpoint-2", "give the folder of the run, one above"), (".", "it holds runs that do: run")):
+        with pytest.raises(UserError, match=hint):
+            predictor_files.find(tmp_path / wanted)
