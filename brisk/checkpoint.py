@@ -58,10 +58,10 @@ def damage(folder):
     return None
 
 
-def find_checkpoint(output_dir, wanted, say):
+def find_checkpoint(output_dir, wanted, say, flag="--resume_from_checkpoint"):
     """The folder to resume from, or None to start afresh.
 
-    Args: `wanted` is the value of `--resume_from_checkpoint`; `say` takes messages about skipped folders.
+    Args: `wanted` is the value of `flag`; `say` takes messages about skipped folders.
     Raises UserError where a checkpoint given by path cannot be used.
     """
     if not wanted:
@@ -71,9 +71,9 @@ def find_checkpoint(output_dir, wanted, say):
             if folder.is_dir():
                 reason = damage(folder)
                 if reason:
-                    raise UserError(f"--resume_from_checkpoint {wanted} cannot be used: {reason}.")
+                    raise UserError(f"{flag} {wanted} cannot be used: {reason}.")
                 return folder
-        raise UserError(f"--resume_from_checkpoint {wanted} is neither a folder nor one inside {output_dir}.")
+        raise UserError(f"{flag} {wanted} is neither a folder nor one inside {output_dir}.")
     folders = sorted((f for f in Path(output_dir).glob("checkpoint-*") if step_of(f) is not None), key=step_of)
     for folder in reversed(folders):
         reason = damage(folder)

@@ -284,16 +284,14 @@ def export_run(run_dir, wanted=None, folder=None, device="cpu", manifest=True, p
     Args: `wanted`: the checkpoint, None for the newest usable one; `folder`: None for the run's export; `device`: where to compute;
     `point`, `scale_point`: see `epd_policy.exported_tables`.
     """
-    run_dir, notes = Path(run_dir), []
+    run_dir = Path(run_dir)
     if not (run_dir / START_FILE).is_file():
         raise UserError(f"--export {run_dir} is no folder of a run of train_epd_rl.py: it has no {START_FILE}.")
     try:
-        found = checkpoint.find_checkpoint(run_dir, wanted or "latest", notes.append)
         torch.zeros(1, device=device)
-    except UserError as error:
-        raise UserError(str(error).replace("--resume_from_checkpoint", "--checkpoint")) from None
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {device} is no device of this machine.") from None
+    found = checkpoint.find_checkpoint(run_dir, wanted or "latest", lambda skipped: None, "--checkpoint")
     if found is None:
         raise UserError(f"--export {run_dir} has no whole checkpoint.")
     stored = load_file(found / POLICY_FILE)
