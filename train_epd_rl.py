@@ -198,6 +198,7 @@ def main(argv=None):
     # 3 models (frozen, trainable)
     dtype = sd_models.DTYPES.get(accelerator.mixed_precision, torch.float32)
     denoiser, levels = load_model(settings, start, others, device, dtype)
+    reward = None
     try:
         reward = rewards.load(epd_rl_options.reward_settings(settings), device)
     except options.UserError as error:
@@ -244,6 +245,9 @@ def main(argv=None):
     except ValueError as error:
         raise options.UserError(f"model.guidance_type {guidance[0]}: {error}") from None
     batches = epd_rl.draw_batches(denoiser, prompts, size, variants, args.share_latents, seed, step, (first, end))
+    if reward is not None:  # one image shows whether it can judge this model's
+        noise, given_one = next(epd_rl.draw_batches(denoiser, prompts, 1, 1, True, seed, 0, (0, 1)))
+        epd_rl.score(reward, denoiser, torch.zeros_like(noise), given_one, 1, settings["ppo.decode_rgb"])
 
     # 8 state and resume
     arguments = {"accelerator": accelerator, "policy": policy, "best": best}

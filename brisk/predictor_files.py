@@ -86,13 +86,14 @@ def _read_safetensors(path):
     return document
 
 
-def _newest(folder, by_time=False):
-    """The predictor file of `folder` with the highest number in its name, or `by_time` the one written last, or None."""
+def _newest(folder):
+    """The file predictor.json or .safetensors of `folder`, else the predictor with the highest number in its name, or None."""
     found = [path for path in folder.glob("predictor*") if path.suffix in SUFFIXES and path.is_file()]
 
     def age(path):
         numbers = re.findall(r"\d+", path.stem)
-        return (int(numbers[-1]) if numbers and not by_time else -1, path.stat().st_mtime_ns, path.suffix == ".json", path.name)
+        number = int(numbers[-1]) if numbers else -1
+        return (path.stem == "predictor", number, path.stat().st_mtime_ns, path.suffix == ".json", path.name)
 
     return max(found, key=age, default=None)
 
@@ -100,8 +101,8 @@ def _newest(folder, by_time=False):
 def find(wanted, exps="exps"):
     """The predictor file that `wanted` names: a file, a folder of a run, or the number of an experiment below `exps`.
 
-    In a folder the last written of export/predictor*, else the highest number of predictor*, with the endings of `SUFFIXES`.
-    UserError.
+    In a folder export/predictor, else the highest number of export/predictor*, else the same beside export; with the endings of
+    `SUFFIXES`. UserError.
     """
     wanted = str(wanted)
     path = Path(wanted)
@@ -116,7 +117,7 @@ def find(wanted, exps="exps"):
             )
         path = found[0]
     if path.is_dir():
-        newest = _newest(path / "export", by_time=True) or _newest(path, by_time=path.name == "export")
+        newest = _newest(path / "export") or _newest(path)
         if newest is None:
             pickles = "; convert its .pkl with scripts/convert_epd_predictor.py" if any(path.glob("*.pkl")) else ""
             hint = "; give the folder of the run, one above" if (path / MARKER).is_file() else pickles

@@ -30,8 +30,8 @@ ALONE = ("mps", "handwriting", "dummy", "analytic")
 ORACLE = Path(__file__).resolve().parent.parent / "assets" / "handwriting-oracle"
 GREY = 0.5
 # where weights come from, the end of a message
-HPS_SOURCE = "give {} of huggingface.co/xswu/HPSv2, or leave the key out to have it downloaded"
-IMAGE_REWARD_SOURCE = "give ImageReward.pt of huggingface.co/THUDM/ImageReward, or leave the key out to have it downloaded"
+HPS_SOURCE = "give {} of huggingface.co/xswu/HPSv2, or give null to have it downloaded"
+IMAGE_REWARD_SOURCE = "give ImageReward.pt of huggingface.co/THUDM/ImageReward, or give null to have it downloaded"
 AESTHETIC_SOURCE = "give sac+logos+ava1-l14-linearMSE.pth of github.com/christophschuhmann/improved-aesthetic-predictor"
 MPS_SOURCE = (
     "give MPS_overall_checkpoint_diffsynth.safetensors of modelscope.cn/models/DiffSynth-Studio/QualityMetric_reward_pretrained "

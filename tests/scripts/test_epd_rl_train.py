@@ -226,7 +226,7 @@ def test_any_checkpoint_can_be_exported(point, start, tmp_path, capsys):
     scale = {"mean": "mean", "mode": "median"}[point]
     train_epd_rl.main([f"--export={done.output}", f"--export_point={point}", f"--export_scale={scale}"])
     path = done.output / "export/predictor-000002.json"
-    assert str(path) in capsys.readouterr().out and predictor_files.find(done.output) == path
+    assert str(path) in capsys.readouterr().out and predictor_files.find(done.output).name == "predictor.json"  # the best
     found, last = (predictor_files.read(each).tables for each in (path, done.output / "predictor-000002.json"))
     same = [torch.allclose(one, other, atol=1e-6) for one, other in zip(found, last, strict=True)]
     assert same == [point == "mean"] * 4
@@ -235,9 +235,6 @@ def test_any_checkpoint_can_be_exported(point, start, tmp_path, capsys):
     for flag, words in (("--checkpoint=checkpoint-9", "--checkpoint checkpoint-9 is neither"), ("--device=foo", "--device foo")):
         with pytest.raises(options.UserError, match=words):
             train_epd_rl.main([f"--export={done.output}", flag])
-    own = done.output / "export/predictor.json"
-    own.write_text(own.read_text())  # as a training that goes on does
-    assert predictor_files.find(done.output) == own
     manifest = json.loads((done.output / "export/manifest-000002.json").read_text())
     assert manifest["checkpoint"] == "checkpoint-2" and manifest["metrics"]["step"] == 2
 
