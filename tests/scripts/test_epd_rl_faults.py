@@ -69,6 +69,7 @@ BAD = {
     "unknown flag": (["--max_step=4"], ["--max_step", "--max_steps"]),
     "levels of a model that the predictor does not state": (["model.flowmatch_mu=0.7", "model.schedule_type=flowmatch",
                                                              "--prefer_yaml"], ["model.schedule_type flowmatch"]),
+    "reward of another shape": (["reward.type=operator:is_"], ["reward.type operator:is_"]),
     "no run to export": (["--export=nowhere"], ["--export nowhere", "configs/start.json"]),
 }  # fmt: skip
 
