@@ -189,11 +189,11 @@ def test_mixtures_and_their_flags(tmp_path):
 def test_a_classifier_is_what_the_function_returns(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     code = "def make():\n    return lambda inputs, time: inputs.flatten(1)[:, :2]\nsize = 3\nnone = print\n"
-    (tmp_path / "judge_of_tests.py").write_text(code)
-    found = denoiser_sources.load_classifier("judge_of_tests:make")
+    (tmp_path / "judge_of_sources.py").write_text(code)
+    found = denoiser_sources.load_classifier("judge_of_sources:make")
     assert found(torch.ones(2, 3, 1, 1), None).shape == (2, 2)
     network = denoiser_sources.load_classifier("torch.nn:Identity", "meta")
     assert isinstance(network, torch.nn.Identity) and not network.training
-    for name in ("judge_of_tests:other", "judge_of_tests:size", "judge_of_tests:none", "no_module:make", "judge_of_tests", ":make"):
+    for name in ("judge_of_sources:other", "judge_of_sources:size", "judge_of_sources:none", "no_module:make", "judge_of_sources", ":make"):
         with pytest.raises(UserError, match="--classifier"):
             denoiser_sources.load_classifier(name)
