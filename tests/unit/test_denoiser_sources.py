@@ -194,6 +194,9 @@ def test_a_classifier_is_what_the_function_returns(tmp_path, monkeypatch):
     assert found(torch.ones(2, 3, 1, 1), None).shape == (2, 2)
     network = denoiser_sources.load_classifier("torch.nn:Identity", "meta")
     assert isinstance(network, torch.nn.Identity) and not network.training
-    for name in ("judge_of_sources:other", "judge_of_sources:size", "judge_of_sources:none", "no_module:make", "judge_of_sources", ":make"):
+    for function in ("other", "size", "none", ""):
+        with pytest.raises(UserError, match="--classifier"):
+            denoiser_sources.load_classifier(f"judge_of_sources:{function}")
+    for name in ("no_module:make", "judge_of_sources", ":make"):
         with pytest.raises(UserError, match="--classifier"):
             denoiser_sources.load_classifier(name)
