@@ -17,8 +17,6 @@ RECORD = "sampling.json"
 SUFFIXES = [f"_{place:02d}" for place in range(1, 1001)]  # of the files of unfinished states
 SOLVERS = ("euler", "ddim", "heun", "dpm2", "ipndm", "ipndm_v", "deis", "dpmpp", "unipc", "edm")
 BATCH, SEEDS = {"sd3": 4, "flux": 1}, {"sd3": "0-3", "flux": "0"}  # by family, else 64 and 0-63
-PRECISION = {"sd3": "fp16", "flux": "bf16"}  # of the network on a GPU, else fp32
-PRECISION_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # in the backend_config of predictors
 CONFIG_KEYS = ("model_name_or_path", "model_id", "revision", "variant", "resolution", "torch_dtype", "negative_prompt")
 
 
@@ -236,17 +234,6 @@ def classes_of(args, denoiser):
     return classes
 
 
-def precision_of(args, config, family, device):
-    """(name of the network's precision, a warning or None): half precision on GPUs alone, but bf16 where it is asked for."""
-    wanted = args.dtype or ("fp16" if args.use_fp16 else None)
-    usual = PRECISION_NAMES.get(config.get("torch_dtype"), PRECISION.get(family, "fp32"))
-    if device.type != "cpu":
-        return wanted or usual, None
-    if wanted == "fp16":
-        return "fp32", "fp16 needs a GPU: the network runs in float32 (--dtype bf16 works on CPUs)."
-    return wanted or "fp32", None
-
-
 def folder_of(args, sampler, denoiser, dataset_name, calls):
     """Where the images go."""
     if args.outdir:
@@ -297,24 +284,6 @@ def batches_of(args, folder, seeds, intervals, rank, world):
     return [(batch, [files[seed] for seed in batch]) for batch in batches if batch]
 
 
-def check_guidance(args, denoiser, negative):
-    """UserError for guidance that the model cannot have."""
-    kind, family = args.guidance_type, denoiser.family
-    if kind == "cfg" and denoiser.takes is None:
-        raise options.UserError(f"--guidance_type cfg needs a model with classes or prompts, this one ({family}) has none.")
-    if kind == "cg" and (denoiser.table is None or denoiser.takes != "classes" or not args.classifier):
-        raise options.UserError("--guidance_type cg needs a model of discrete timesteps and classes, and --classifier.")
-    if kind in ("cfg", "uncond") and denoiser.takes == "classes":
-        try:
-            denoiser.condition(None, 1)
-        except ValueError as error:
-            raise options.UserError(f"--guidance_type {kind}: {error}") from None
-    if not isinstance(negative, (str, type(None))):
-        raise options.UserError(f"--backend_config: negative_prompt is {negative}, it must be one text.")
-    if negative and denoiser.guides_itself:
-        raise options.UserError(f"--negative_prompt '{negative}': {family} guides itself and knows no negative prompt.")
-
-
 def pictures(args, denoiser, states, split_rank):
     """[(suffix of the file's name, uint8 (B, H, W, 3))] of every interval's state with --return_inters, then of the last.
 
@@ -358,7 +327,8 @@ def main(argv=None):
     if args.generator_device == "cuda" and state.device.type != "cuda":
         raise options.UserError(f"--generator_device cuda needs a GPU, this process has {state.device.type}.")
     family = denoiser_sources.family_of(wanted.dataset_name, wanted.backend)
-    precision, warning = precision_of(args, config, family, state.device)
+    asked = args.dtype or ("fp16" if args.use_fp16 else None)
+    precision, warning = epd_sampling.precision_of(asked, config.get("torch_dtype"), family, state.device)
     denoiser = denoiser_sources.load(wanted, state.device, sd_models.DTYPES[precision])
     said += [warning] * bool(warning)
     if known is not None:
@@ -367,7 +337,9 @@ def main(argv=None):
     seeds = read_seeds(args.seeds)
     negative = config.get("negative_prompt") if args.negative_prompt is None else args.negative_prompt
     negative = negative if denoiser.takes == "prompts" else None
-    check_guidance(args, denoiser, negative)
+    epd_sampling.check_guidance(denoiser, args.guidance_type, args.classifier, negative)
+    if denoiser.family == "dit":
+        denoiser.decode(torch.zeros(1, *denoiser.shape, device=denoiser.device))  # some have no VAE: said before work starts
     classifier = denoiser_sources.load_classifier(args.classifier, state.device) if args.guidance_type == "cg" else None
     prompts, classes = prompts_of(args, denoiser, seeds), classes_of(args, denoiser)
     empty = prompts == [""] and not args.prompt and args.guidance_type != "uncond"

@@ -13,6 +13,8 @@ from brisk.options import UserError
 
 CUSTOMARY = {"dpmpp": ("logsnr", None), "unipc": ("logsnr", None), "deis": ("time_uniform", 2.0)}  # else polynomial, rho 7
 PIXEL_FAMILIES = ("edm", "adm", "cm")  # whose samples lie in [-1, 1]
+PRECISION = {"sd3": "fp16", "flux": "bf16"}  # of the network on a GPU, else fp32
+PRECISION_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # in the backend_config of predictors
 SIZED_FAMILIES = ("sd", "pixart", "sd3", "flux")  # that draw at more than one resolution
 
 
@@ -98,6 +100,36 @@ def start(sampler, denoiser, seeds, generator_device="cpu"):
 def guided_in_pairs(denoiser, guidance_type, scale):
     """Whether every network call has an unconditional half; see `denoisers.direction_for`."""
     return guidance_type == "cfg" and scale != 1 and not denoiser.guides_itself
+
+
+def check_guidance(denoiser, kind, classifier, negative):
+    """UserError for guidance of type `kind` that the model cannot have. `negative`: the prompt to guide away from, or None."""
+    family = denoiser.family
+    if kind == "cfg" and denoiser.takes is None:
+        raise UserError(f"--guidance_type cfg needs a model with classes or prompts, this one ({family}) has none.")
+    if kind == "cg" and (denoiser.table is None or denoiser.takes != "classes" or not classifier):
+        raise UserError("--guidance_type cg needs a model of discrete timesteps and classes, and --classifier.")
+    if kind in ("cfg", "uncond") and denoiser.takes == "classes":
+        try:
+            denoiser.condition(None, 1)
+        except ValueError as error:
+            raise UserError(f"--guidance_type {kind}: {error}") from None
+    if not isinstance(negative, (str, type(None))):
+        raise UserError(f"--backend_config: negative_prompt is {negative}, it must be one text.")
+    if negative and denoiser.guides_itself:
+        raise UserError(f"--negative_prompt '{negative}': {family} guides itself and knows no negative prompt.")
+
+
+def precision_of(asked, stored, family, device):
+    """(name of the network's precision, a warning or None): half precision on GPUs alone, but bf16 where it is asked for.
+
+    Args: `asked`: a name or None; `stored`: the `torch_dtype` of a predictor's backend_config.
+    """
+    if device.type != "cpu":
+        return asked or PRECISION_NAMES.get(stored, PRECISION.get(family, "fp32")), None
+    if asked == "fp16":
+        return "fp32", "fp16 needs a GPU: the network runs in float32 (--dtype bf16 works on CPUs)."
+    return asked or "fp32", None
 
 
 def family_of(predictor):

@@ -516,6 +516,13 @@ def test_flux_guides_itself_and_its_levels_depend_on_the_resolution(sample, tmp_
             sample(f"{flags} --backend_config '{{\"negative_prompt\": {given}}}'")
 
 
+def test_a_network_without_a_vae_is_refused_before_anything_is_drawn(sample, tmp_path):
+    tiny_pipelines.fpdm_pipeline(vae=False).transformer.save_pretrained(tmp_path / "bare/transformer")
+    with pytest.raises(options.UserError, match="has no VAE to make images"):
+        sample("--solver euler --num_steps 3 --backend dit --model_path bare --outdir out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_half_precision_on_a_cpu_is_said(sample, network):
     _, printed = sample(f"--solver euler --backend edm --model_path {network} --use_fp16")
     assert "warning: fp16 needs a GPU: the network runs in float32" in printed
