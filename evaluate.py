@@ -1,249 +1,300 @@
 #!/usr/bin/env python
-"""Measure pipelines side by side: prompt agreement, Frechet distance, size, seconds per image, network evaluations.
+"""Measure models and finished images by one protocol: quality, network calls, latency, size, in a table and a report.
 
-Protocol `builtin`: the handwriting set. Every model draws the same captions from the same noise seeds; the oracle reads
-digit and colours off the images; the Frechet distance in its features is to held-out real images.
+Every model draws for the same prompts from the same seeds. Images are kept in OUTPUT_DIR/images: a stopped run goes on where
+it was, and any number of processes gives the same figures.
 """
 
-import statistics
+import argparse
+import datetime
+import json
+import re
 import time
 from pathlib import Path
 
-from brisk import options
+from brisk import options, protocols
 
 ROOT = Path(__file__).resolve().parent
-RESERVED = {"teacher", "protocol", "samples_per_seed", "seeds", "guidance_scale", "batch_size", "environment"}
-SHOWN = ((7, 2, 5), (3, 1, 0), (0, 4, 1), (5, 5, 4), (8, 7, 3), (2, 6, 7), (9, 3, 6), (4, 0, 2))
+TEACHER = ROOT / "assets/tiny-teacher"
+KEYS = {"nfe": None, "guidance_scale": float, "scheduler": str, "resolution": int, "iterations": int,
+        "reuse": options.boolean, "vae": str, "model": str}  # fmt: skip
 
 
 def parse_args(argv=None):
-    """The namespace; see `--help`."""
+    """(namespace, `protocols.Protocol`, fields changed by flags); see `--help`."""
     parser = options.Parser(__doc__)
-    add = parser.add_argument
-    add("--protocol", choices=("builtin",), default="builtin", help="what to draw and what to compare with")
-    add(
-        "--teacher",
-        default=str(ROOT / "assets/tiny-teacher"),
-        help="pipeline sampled with guidance by its best scheduler",
-    )
-    add(
-        "--model",
-        action="append",
-        default=[],
-        metavar="NAME=FOLDER",
-        help="pipeline distilled to few steps, sampled without guidance",
-    )
-    add(
-        "--student",
-        action="append",
-        default=[],
-        metavar="NAME=FOLDER",
-        help="pipeline with a smaller U-Net, sampled as the teacher is and compared with it image by image",
-    )
-    add("--oracle", default=str(ROOT / "assets/handwriting-oracle"), help="the classifier that reads the images")
-    add("--output_dir", required=True, help="folder for report.json, report.png and report.html")
-    add("--teacher_steps", default="50,4,2,1", help="sampling steps of the teacher")
-    add("--model_steps", default="4,2,1", help="sampling steps of the distilled models")
-    add("--guidance_scale", type=options.NOT_NEGATIVE, default=2.0, help="guidance of the teacher")
-    add("--samples", type=options.number(int, low=50), default=200, help="images per seed")
-    add("--seeds", type=options.COUNT, default=3, help="number of seeds; the spread over them is reported")
-    add("--batch_size", type=options.COUNT, default=200, help="images per pipeline call")
-    args, _ = options.parse(parser, argv)
-    args.model, args.student = (dict(entry.partition("=")[::2] for entry in given) for given in (args.model, args.student))
-    taken = [*args.model, *args.student]
-    if RESERVED & set(taken) or len(set(taken)) < len(taken):
-        reserved = ", ".join(sorted(RESERVED))
-        raise options.UserError(f"--model and --student need names of their own, and none of {reserved}: the report uses these.")
-    for name, folder in {"teacher": args.teacher, **args.model, **args.student}.items():
-        if not (Path(folder) / "model_index.json").is_file():
-            raise options.UserError(
-                f"{name}: '{folder}' is not a pipeline folder (NAME=FOLDER, with model_index.json)."
-            )
-    return args
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--model", action="append", default=[], metavar="[NAME=]SOURCE[,KEY=VALUE]",
+        help="pipeline (folder or hub id), run of FPDM, predictor of EPD, or a checkpoint of any run; "
+        f"keys: {', '.join(KEYS)}; several nfe as in nfe=4/2/1")  # fmt: skip
+    add("--teacher", metavar="SOURCE[,KEY=VALUE]",
+        help="the model whose images others are compared with, noise by noise; of builtin the teacher that comes with "
+        "brisk, with the best of five schedulers at few calls; none: none")  # fmt: skip
+    add("--images", action="append", default=[], metavar="[NAME=]FOLDER|FILE.npz", help="finished images")
+    add("--pattern", help="which files in a folder of images, as **/*.png")
+    add("--watch", metavar="RUN", help="measure every finished checkpoint of a training run once, as they come")
+    add("--watch_interval", type=options.POSITIVE, default=30, help="seconds between two looks at it")
+    add("--watch_timeout", type=options.NOT_NEGATIVE, help="stop after so many seconds without a new one; default never")
+    add = parser.add_argument_group("how").add_argument
+    add("--protocol", default="builtin", help=f"preset of all that decides a figure: {', '.join(protocols.PROTOCOLS)}")
+    add("--list_protocols", action=Listing, nargs=0, default=argparse.SUPPRESS, help="print the protocols and stop")
+    add("--metrics", help=f"what to report: {', '.join(protocols.METRICS)}, module:function; default: the protocol's; none")
+    add("--nfe", nargs="+", help="sampling budgets: network calls one after the other, as in 1 2 4 8")
+    add("--samples", type=options.COUNT, help="images of a set")
+    add("--seeds", type=options.COUNT, help="number of sets; the spread over them is reported")
+    add("--first_seed", type=options.COUNT_OR_ZERO, help="seed of the first image")
+    add("--prompt_file", help="captions: one a line, or a table with a column text, prompt or caption; one per image")
+    add("--negative_prompt", help="what models of captions are guided away from")
+    add("--guidance_scale", type=options.NOT_NEGATIVE, help="guidance; models distilled to few steps have none")
+    add("--resolution", type=options.COUNT, help="px at which models draw")
+    add("--resize", type=options.COUNT, help="px to which all images are resized before they are measured")
+    add("--resize_filter", choices=("bicubic", "bilinear", "lanczos", "box", "nearest"), help="of --resize, by Pillow")
+    add("--reference", help="real images (folder or npz), or an npz of their statistics mu and sigma")
+    add("--save_reference", metavar="FILE.npz", help="keep the reference's statistics and features for other runs")
+    add("--extractor", choices=("inception", "torchscript"), help="whose features distances are in")
+    options.add_flag(parser, "--clean_resize", "resize to the extractor's 299 px by Pillow, as clean-fid does", None)
+    add("--weights", action="append", default=[], metavar="HEAD=FILE",
+        help="weights of inception, torchscript, or of a reward (hps, pickscore, imagereward, clip, aesthetic, mps)")
+    group = parser.add_argument_group("cost and speed")
+    add = group.add_argument
+    add("--batch_size", type=options.COUNT, default=50, help="images at a time, per process")
+    add("--latency_repeats", type=options.COUNT_OR_ZERO, default=5, help="timed repeats; 0: measure no cost")
+    add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="precision of the models")
+    options.add_flag(group, "--allow_tf32", "allow TF32 matrix products on Ampere and newer GPUs")
+    options.add_flag(group, "--compile", "torch.compile the networks")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", required=True, help="folder for report.json, .csv, .html, .png and the images")
+    add("--shown", type=options.COUNT, default=8, help="samples per row of the picture")
+    args, given = options.parse(parser, argv)
+    changes = {"samples": args.samples, "seeds": args.seeds, "first_seed": args.first_seed, "resolution": args.resolution,
+               "measured_at": args.resize, "resize_filter": args.resize_filter, "guidance_scale": args.guidance_scale,
+               "extractor": args.extractor, "clean": args.clean_resize,
+               "nfe": args.nfe and tuple(read_nfe(args.nfe))}  # fmt: skip
+    if args.metrics is not None:
+        changes["metrics"] = () if args.metrics == "none" else protocols.read_metrics(args.metrics)
+    protocol, changed = protocols.resolve(args.protocol, **changes)
+    without = {"pattern": (args.images, "--images"), "watch_interval": (args.watch, "--watch"),
+               "watch_timeout": (args.watch, "--watch"), "save_reference": (args.reference, "--reference"),
+               "resize_filter": (protocol.measured_at, "--resize")}  # fmt: skip
+    for sentence in options.without_effect(given, without):
+        print(sentence)
+    return args, protocol, changed
 
 
-def load_pipeline(folder):
-    """A pipeline in float32 on the best device, silent."""
-    import torch
-    from diffusers import DiffusionPipeline
+class Listing(argparse.Action):
+    """--list_protocols: print and stop."""
 
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    def __call__(self, parser, *rest):
+        print(protocols.listing())
+        parser.exit()
 
 
-def schedulers(config):
-    """The standard samplers that a teacher of few steps is given the choice of: {name: scheduler}."""
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
-
-    trailing = {"timestep_spacing": "trailing"}
-    return {
-        "DDIM": DDIMScheduler.from_config(config),
-        "DDIM trailing": DDIMScheduler.from_config(config, **trailing),
-        "DPM-Solver++ 2M": DPMSolverMultistepScheduler.from_config(config, **trailing),
-        "Euler": EulerDiscreteScheduler.from_config(config, **trailing),
-        "UniPC": UniPCMultistepScheduler.from_config(config, **trailing),
-    }
+def read_nfe(words, flag="--nfe", separators=r"[,\s]+"):
+    """The budgets of a list of words. UserError."""
+    return options.read_counts(flag, ",".join(part for word in words for part in re.split(separators, word) if part))
 
 
-def wanted_labels(count, seed):
-    """(digits, foregrounds, backgrounds), each (count,): all 560 captions in an order drawn from `seed`, repeated."""
-    import torch
+def read_entry(text, flag, name=None):
+    """The `eval_run.Entry` of [NAME=]SOURCE[,KEY=VALUE...]. UserError."""
+    from brisk import eval_run
 
-    from brisk.handwriting import COLOURS
+    first, *rest = text.split(",")
+    given, equals, source = first.partition("=")
+    if not equals or "/" in given:
+        given, source = None, first
+    keys = {}
+    for part in rest:
+        key, _, value = part.partition("=")
+        if key not in KEYS or not value:
+            raise options.UserError(f"{flag} '{text}': '{part}' is not KEY=VALUE with KEY one of {', '.join(KEYS)}.")
+        try:
+            keys[key] = read_nfe([value], f"{flag} '{text}': nfe", "/") if key == "nfe" else KEYS[key](value)
+        except (ValueError, argparse.ArgumentTypeError):
+            raise options.UserError(f"{flag} '{text}': {key} cannot be {value}.") from None
+    if not source:
+        raise options.UserError(f"{flag} '{text}' names no source: write [NAME=]SOURCE.")
+    return eval_run.Entry(given or name or default_name(source), source, keys, flag == "--images")
 
-    n = len(COLOURS)
-    every = torch.tensor([(d, f, b) for d in range(10) for f in range(n) for b in range(n) if f != b])
-    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
-    return every[order.repeat(count // len(every) + 1)[:count]].unbind(1)
+
+def default_name(source):
+    """The name of a source that was given none: its last part, of a checkpoint with the run's."""
+    path = Path(source)
+    return f"{path.absolute().parent.name}/{path.name}" if re.fullmatch(r"checkpoint-\d+", path.name) else path.stem or source
 
 
-def draw(pipeline, labels, steps, guidance_scale, seed, batch_size, progress=None):
-    """(images (N, 3, 32, 32) in [-1, 1], seconds per image, U-Net evaluations per image) for the labels' captions."""
-    import torch
+def read_entries(args):
+    """(the teacher's `Entry` or None, [other entries]). UserError for bad names and for sources that are not there."""
+    from brisk import report
 
-    from brisk.handwriting import caption
+    teacher = args.teacher or (str(TEACHER) if args.protocol == "builtin" and not args.images and not args.watch else "none")
+    teacher = None if teacher == "none" else read_entry(teacher, "--teacher", "teacher")
+    if teacher and args.protocol == "builtin":
+        teacher.keys.setdefault("scheduler", "best")
+    entries = [read_entry(text, "--model") for text in args.model] + [read_entry(text, "--images") for text in args.images]
+    names = [entry.name for entry in ([teacher] if teacher else []) + entries]
+    for name in names:
+        if names.count(name) > 1:
+            raise options.UserError(f"two models are called {name}: give them names, as in --model NAME=SOURCE.")
+        if name in report.RESERVED:
+            raise options.UserError(f"--model {name}: the report uses this name for something else; give another.")
+    if not names and not args.watch:
+        raise options.UserError("nothing to measure: give --model, --images, --teacher or --watch.")
+    for entry in [*([teacher] if teacher else []), *entries]:
+        is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", entry.source) and not entry.is_images
+        if not Path(entry.source).exists() and not (is_hub_id and entry.source.count("/") == 1):
+            raise options.UserError(f"{entry.name}: '{entry.source}' is neither a file nor a folder.")
+    return teacher, entries
 
-    captions = [caption(*item) for item in zip(*(column.tolist() for column in labels), strict=True)]
-    generator, rows = torch.Generator(pipeline.device).manual_seed(seed), []
-    counter = pipeline.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    started, images = time.perf_counter(), []
+
+def open_session(args, protocol, state):
+    """The `eval_run.Session` of the flags: weights, reference and captions are read now. UserError."""
+    from brisk import epd_options, eval_measures, eval_run
+
+    output = Path(args.output_dir)
     try:
-        for first in range(0, len(captions), batch_size):
-            chunk = captions[first : first + batch_size]
-            images.append(pipeline(chunk, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generator,
-                                   output_type="pt").images.cpu() * 2 - 1)  # fmt: skip
-            if progress is not None:
-                progress.update(len(chunk))
-    finally:
-        counter.remove()
-    seconds = time.perf_counter() - started
-    return torch.cat(images), seconds / len(captions), sum(rows) / len(captions)
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise options.UserError(f"--output_dir {output} cannot be made: {error.strerror}.") from None
+    prompts = epd_options.read_prompts(None, args.prompt_file, "--prompt_file")
+    weights = eval_measures.reward_settings(args.weights)
+    instruments = eval_measures.load(protocol.metrics, protocol, weights, args.reference, args.batch_size, state)
+    if args.save_reference and state.is_main_process:
+        eval_measures.image_metrics.save_statistics(instruments.reference, args.save_reference)
+    settings = eval_run.Settings(args.batch_size, args.latency_repeats, args.dtype, args.compile, args.negative_prompt,
+                                 args.pattern, args.shown, args.nfe is not None)  # fmt: skip
+    return eval_run.Session(settings, protocol, instruments, prompts, state, output)
 
 
-def summarise(by_seed, features, reference):
-    """Means over seeds of figures [{name: value}], their spread, and the Frechet distance of all seeds' images together."""
-    import torch
-
-    from brisk.metrics import frechet_distance
-
-    row = {name: statistics.mean(figures[name] for figures in by_seed) for name in by_seed[0]}
-    row["frechet"] = frechet_distance(torch.cat(features), reference)
-    if len(by_seed) > 1:
-        row["spread"] = {name: statistics.stdev(figures[name] for figures in by_seed) for name in by_seed[0]}
-    return row
-
-
-def measure(pipeline, oracle, reference, steps, guidance_scale, args, progress, teacher_images=None):
-    """(one measurement M over all seeds, with the spread (standard deviation) over them; the images of each seed).
-
-    With `teacher_images`, what the teacher drew from the same noise, M has the distance to them.
-    """
-    from brisk import macs
-    from brisk.metrics import frechet_distance, psnr
-    from brisk.scorers import prompt_agreement
-
-    by_seed, features, seconds, drawn = [], [], [], []
-    for seed in range(args.seeds):
-        labels = wanted_labels(args.samples, seed)
-        images, took, calls = draw(pipeline, labels, steps, guidance_scale, seed, args.batch_size, progress)
-        features.append(oracle.features(images))
-        seconds.append(took)
-        by_seed.append(
-            {**prompt_agreement(oracle, images, *labels), "frechet": frechet_distance(features[-1], reference)}
-        )
-        if teacher_images:
-            by_seed[-1]["psnr_to_teacher"] = psnr(images, teacher_images[seed], span=2)
-        drawn.append(images)
-    row = summarise(by_seed, features, reference)
-    config = pipeline.unet.config
-    size = macs.unet_size(config, config.sample_size, pipeline.tokenizer.model_max_length)
-    row |= {"seconds_per_image": statistics.median(seconds), "network_calls": calls, "parameters": size.parameters,
-            "gmacs": size.total / 1e9}  # fmt: skip
-    return row, drawn
+def record_of(args, session, changed):
+    """What decides the figures, for the report."""
+    protocol, instruments = session.protocol, session.instruments
+    extractor, reference = instruments.extractor, instruments.reference
+    conditions = {"classes": "classes in turn", "handwriting": "captions in an order drawn from the set's number"}
+    record = {**protocol._asdict(), "changed_by_flags": changed, "class_balance": conditions.get(protocol.conditions),
+              "extractor_weights": extractor and extractor.digest, "reference_used": reference and reference.source,
+              "reference_images": reference and reference.count, "reference_digest": reference and reference.digest,
+              "reward_weights": args.weights, "prompt_file": args.prompt_file, "dtype": args.dtype, "batch_size": args.batch_size,
+              "latency_repeats": args.latency_repeats, "processes": session.state.num_processes}  # fmt: skip
+    return {"protocol": args.protocol, "record": record}
 
 
-def best_scheduler(pipeline, oracle, steps, args):
-    """(name, scheduler) that agrees best with the prompts at `steps` steps, chosen on images of another seed."""
-    from brisk.scorers import prompt_agreement
+def notes_of(protocol, figures):
+    """Sentences that say what the columns of a table are."""
+    rows = [row for by_nfe in figures.values() for row in by_nfe.values()]
+    notes = [protocol.text]
+    if protocol.extractor == "handwriting":
+        notes.append("agreement: share of images in which a classifier reads the digit and the colours that the caption asks for "
+                     "(all: in everything). frechet: distance to held-out real images in the classifier's features.")  # fmt: skip
+    if any("psnr_to_teacher" in row for row in rows):
+        notes.append("psnr to teacher: peak signal-to-noise ratio in dB to the teacher's images of most calls from the same noise.")
+    notes.append("±: standard deviation over sets of seeds; of kid and inception score over subsets; of mean scores the standard "
+                 "error.")  # fmt: skip
+    if any("nfe" in row for row in rows):
+        notes.append("nfe: network calls one after the other. total nfe: images through the network for an image, two for a guided "
+                     "call. seconds alone: an image at batch 1; seconds per image: in full batches; medians of whole pipeline "
+                     "calls, text encoder and decoder included. gmacs per image: billions of multiply-accumulates in the "
+                     "network.")  # fmt: skip
+    return notes
 
-    labels, scores = wanted_labels(args.samples, args.seeds), {}
-    choices = schedulers(pipeline.scheduler.config)
-    for name, scheduler in choices.items():
-        pipeline.scheduler = scheduler
-        images, _, _ = draw(pipeline, labels, steps, args.guidance_scale, args.seeds, args.batch_size)
-        scores[name] = prompt_agreement(oracle, images, *labels)["all"]
-    best = max(scores, key=scores.get)
-    return best, choices[best]
+
+def write(args, session, changed, found):
+    """Write the report of {name: `eval_run.Found`}; returns its table."""
+    from brisk import report, runlog
+
+    figures = {name: one.figures for name, one in found.items()}
+    captions = next((one.captions for one in found.values() if one.captions), [])
+    facts = {**record_of(args, session, changed), "models": {name: one.facts for name, one in found.items()},
+             "scores": {name: one.details for name, one in found.items() if any(one.details.values())},
+             "captions": captions, "environment": runlog.environment()}  # fmt: skip
+    samples = {(name, nfe): images for name, one in found.items() for nfe, images in one.shown.items()}
+    return report.write_report(session.output, f"brisk: {args.protocol}", figures, facts, notes_of(session.protocol, figures),
+                               samples, captions)  # fmt: skip
 
 
-def show(pipeline, steps, guidance_scale):
-    """PIL images of the captions in `SHOWN`."""
-    import torch
+def finished(run, known):
+    """The finished checkpoints of a run that are not `known`, by their steps: [folder]."""
+    from brisk import checkpoint
 
-    labels = torch.tensor(SHOWN).unbind(1)
-    images, _, _ = draw(pipeline, labels, steps, guidance_scale, 12345, len(SHOWN))
-    return pipeline.image_processor.postprocess(images, output_type="pil")
+    folders = [folder for folder in Path(run).glob("checkpoint-*") if checkpoint.step_of(folder) is not None]
+    folders = [folder for folder in folders if folder.name not in known and checkpoint.damage(folder) is None]
+    return sorted(folders, key=checkpoint.step_of)
+
+
+def restore(session, record):
+    """{name: `eval_run.Found`} of an earlier watch in the same folder with the same record; {} if there is none."""
+    from PIL import Image
+
+    from brisk import eval_run, image_folder
+
+    before, found = image_folder.read_json(session.output / "report.json"), {}
+    if before.get("record") != json.loads(json.dumps(record["record"])):
+        return found
+    for name, facts in before.get("models", {}).items():
+        files = {nfe: sorted(eval_run.folder_of(name, nfe, session).glob("[0-9]*/[0-9]*.*")) for nfe in before[name]}
+        pictures = {nfe: [Image.open(file) for file in own[: session.settings.shown]] for nfe, own in files.items()}
+        found[name] = eval_run.Found(before[name], before.get("scores", {}).get(name, {}), pictures, facts, before["captions"])
+    return found
+
+
+def watch(args, session, changed, found, target):
+    """Measure every finished checkpoint of --watch once, the report anew after each, until none has come for --watch_timeout."""
+    from accelerate.utils import broadcast_object_list
+
+    from brisk import eval_run
+
+    run, last, left_out = Path(args.watch), time.monotonic(), set()
+    if not run.is_dir():
+        raise options.UserError(f"--watch {run} is no folder.")
+    found |= restore(session, record_of(args, session, changed))
+    session.say(f"Watching {run} for checkpoints; Ctrl-C ends it, {session.output} is whole after each.")
+    while True:
+        news = [finished(run, {*found, *left_out})]
+        broadcast_object_list(news)
+        for folder in news[0]:
+            try:
+                found[folder.name] = eval_run.measure_model(eval_run.Entry(folder.name, str(folder), {}), session, target)
+            except options.UserError as error:  # it may have been pruned meanwhile
+                session.say(f"Left out: {error}")
+                left_out.add(folder.name)
+                continue
+            last = time.monotonic()
+            if session.state.is_main_process:
+                print(f"\n{write(args, session, changed, found)}\n", flush=True)
+        if args.watch_timeout is not None and time.monotonic() - last >= args.watch_timeout:
+            if not found:
+                raise options.UserError(f"--watch {run}: no finished checkpoint came within {args.watch_timeout:g} s.")
+            return
+        time.sleep(args.watch_interval if args.watch_timeout is None else min(args.watch_interval, args.watch_timeout))
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    teacher_steps = options.read_counts("--teacher_steps", args.teacher_steps)
-    model_steps = options.read_counts("--model_steps", args.model_steps)
-    from tqdm import tqdm
+    args, protocol, changed = parse_args(argv)
+    teacher, entries = read_entries(args)
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
-    from brisk import handwriting, report, runlog, scorers
+    from brisk import eval_run, runlog
 
     runlog.quiet_libraries()
-    try:
-        oracle = scorers.load_oracle(args.oracle)
-    except FileNotFoundError as error:
-        raise options.UserError(f"--oracle: {error}") from None
-    held_out = handwriting.draw("test", 2000, seed=0)["images"]
-    reference = oracle.features(held_out)
-    figures, pictures = {name: {} for name in ("teacher", *args.student)}, {}
-    rows = len(teacher_steps) * (1 + len(args.student)) + len(model_steps) * len(args.model)
-    progress = tqdm(total=rows * args.samples * args.seeds, desc="measuring", unit="image", dynamic_ncols=True)
-    teacher = load_pipeline(args.teacher)
-    own, students = teacher.scheduler, {name: load_pipeline(folder) for name, folder in args.student.items()}
-    for steps in teacher_steps:
-        name, teacher.scheduler = type(own).__name__.removesuffix("Scheduler"), own
-        if steps < 20:
-            name, teacher.scheduler = best_scheduler(teacher, oracle, steps, args)
-        teacher_images = None
-        for key, pipeline in {"teacher": teacher, **students}.items():
-            pipeline.scheduler = teacher.scheduler
-            row, images = measure(pipeline, oracle, reference, steps, args.guidance_scale, args, progress, teacher_images)
-            teacher_images = teacher_images or images
-            figures[key][str(steps)] = {**row, "scheduler": name}
-            pictures[key, str(steps)] = show(pipeline, steps, args.guidance_scale)
-    for name, folder in args.model.items():
-        pipeline, figures[name] = load_pipeline(folder), {}
-        for steps in model_steps:
-            row, _ = measure(pipeline, oracle, reference, steps, 1.0, args, progress)
-            figures[name][str(steps)] = {
-                **row,
-                "scheduler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
-            }
-            pictures[name, str(steps)] = show(pipeline, steps, 1.0)
-    progress.close()
-    facts = {"protocol": args.protocol, "samples_per_seed": args.samples, "seeds": args.seeds,
-             "guidance_scale": args.guidance_scale, "batch_size": args.batch_size, "reference": "2000 tinted held-out scans",
-             "models": {"teacher": args.teacher, **args.student, **args.model}, "environment": runlog.environment()}  # fmt: skip
-    notes = [
-        "digit, foreground, background, all: share of images in which the oracle reads what the caption asked for. "
-        "frechet: distance to held-out real images in the oracle's features. network calls: U-Net evaluations per image, "
-        "two per step under guidance. parameters, gmacs: of the U-Net, billions of multiply-accumulates of one call.",
-        f"Below 20 steps the teacher uses whichever standard scheduler agreed best on {args.samples} other images.",
-    ]
-    if args.student:
-        notes.append("psnr to teacher: peak signal-to-noise ratio in dB to the teacher's images from the same noise.")
-    captions = [handwriting.caption(*labels) for labels in SHOWN]
-    table = report.write_report(
-        args.output_dir, "brisk: built-in handwriting protocol", figures, facts, notes, pictures, captions,
-        "parameters" if args.student and not args.model else "network_calls",
-    )  # fmt: skip
-    print(f"\n{table}\n\n{args.output_dir}/report.png  report.html  report.json")
+    runlog.allow_fast_maths(args.allow_tf32)
+    # the others wait while the first measures times
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=datetime.timedelta(days=1))
+    session = open_session(args, protocol, state)
+    images = {entry.name: eval_run.open_images(entry, session) for entry in entries if entry.is_images}  # mistakes are said first
+    found, target = {}, None
+    if teacher:
+        found[teacher.name] = eval_run.measure_model(teacher, session, is_target=True)
+        target = found[teacher.name].files
+    for entry in entries:
+        if entry.is_images:
+            found[entry.name] = eval_run.measure_images(entry, images[entry.name], session)
+        else:
+            found[entry.name] = eval_run.measure_model(entry, session, target)
+    if args.watch:
+        watch(args, session, changed, found, target)
+    elif state.is_main_process:
+        print(f"\n{write(args, session, changed, found)}\n\n{session.output}/report.html  report.png  report.json  report.csv")
+    state.wait_for_everyone()
 
 
 if __name__ == "__main__":

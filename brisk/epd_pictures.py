@@ -1,17 +1,16 @@
 """Pictures of EPD-Solver: its samples and errors beside plain solvers, and where in time its directions are taken."""
 
-import matplotlib
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 - the backend must be chosen first
-from matplotlib.colors import TwoSlopeNorm  # noqa: E402
-from matplotlib.ticker import LogLocator, MaxNLocator  # noqa: E402
+from brisk import demo_reports
 
 PLOTS = (("end_error", "calls"), ("end_error", "total_calls"), ("agreement", "calls"), ("frechet", "calls"))
 LABELS = {"end_error": "distance to the long run", "agreement": "agreement with the long run",
           "frechet": "Fréchet distance to real images", "calls": "network calls one after the other",
           "total_calls": "network calls in all, per image"}  # fmt: skip
-ROW, PLOT = 0.85, 3.7  # heights in inches
+ROW, PLOT = 1.0, 3.7  # heights in inches
 
 
 def draw_report(path, settings, styles, samples, floors, title):
@@ -21,9 +20,9 @@ def draw_report(path, settings, styles, samples, floors, title):
     (N, 3, H, W) in [-1, 1]}; `floors` {words: the Frechet distance that a long run has}.
     """
     heights = (ROW * len(samples) + 0.4, PLOT * len(settings) + 0.35)
-    figure = plt.figure(figsize=(15.5, sum(heights)))
+    figure = Figure(figsize=(15.5, sum(heights)))
     top, bottom = figure.subfigures(2, 1, height_ratios=heights)
-    _draw_samples(top, samples, 1 - 0.4 / heights[0])
+    demo_reports.draw_samples(top, samples, {"left": 0.19, "bottom": 0.01, "top": 1 - 0.4 / heights[0]})
     spacing = {"left": 0.045, "right": 0.995, "wspace": 0.27, "hspace": 0.36, "bottom": 0.85 / heights[1],
                "top": 1 - 0.45 / heights[1]}  # fmt: skip
     plots = bottom.subplots(len(settings), len(PLOTS), squeeze=False, gridspec_kw=spacing)
@@ -37,25 +36,12 @@ def draw_report(path, settings, styles, samples, floors, title):
     bottom.legend(curves.values(), curves.keys(), fontsize=8, ncols=len(curves), loc="lower center")
     figure.suptitle(title, fontsize=12, y=1 - 0.06 / sum(heights))
     figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
-
-
-def _draw_samples(figure, samples, top):
-    columns = len(next(iter(samples.values())))
-    spacing = {"wspace": 0.04, "hspace": 0.04, "left": 0.19, "right": 0.995, "bottom": 0.01, "top": top}
-    axes = figure.subplots(len(samples), columns, squeeze=False, gridspec_kw=spacing)
-    for line, (name, images) in zip(axes, samples.items(), strict=True):
-        for cell, image in zip(line, images, strict=True):
-            cell.imshow((image.permute(1, 2, 0) + 1) / 2)
-            cell.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
 
 
 def _draw_curves(plot, figures, styles, measure, axis):
     """One measure of every model over calls, with the spread over seeds where the curve is drawn with markers in full size."""
     for model, by_calls in figures.items():
-        points = sorted((row[axis], row[measure], row.get("spread", {}).get(measure, 0)) for row in by_calls.values())
-        places, values, spread = zip(*points, strict=True)
+        places, values, spread = demo_reports.points(by_calls.values(), axis, measure)
         style = styles[model]
         label = model if style.get("linestyle") != ":" else None
         plot.errorbar(places, values, spread if style["marker"] == "o" else None, capsize=3, label=label, **style)
@@ -64,9 +50,7 @@ def _draw_curves(plot, figures, styles, measure, axis):
     plot.xaxis.set_major_locator(MaxNLocator(integer=True))
     if measure != "agreement":
         plot.set_yscale("log")
-        plot.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 5, 7)))
-        for formatter in (plot.yaxis.set_major_formatter, plot.yaxis.set_minor_formatter):
-            formatter("{x:,g}")
+        demo_reports.plain_numbers(plot.yaxis, (1.5, 2, 3, 5, 7))
 
 
 def levels_of_points(content):
@@ -83,7 +67,8 @@ def draw_tables(path, predictors, titles):
     factors = [content.tables.scale_dir * content.tables.scale_time for content in predictors]
     reach = max(0.02, *((factor - 1).abs().max().item() for factor in factors))
     norm = TwoSlopeNorm(1, 1 - reach, 1 + reach)
-    figure, plot = plt.subplots(figsize=(14, 0.95 * len(predictors) + 1.6))
+    figure = Figure(figsize=(14, 0.95 * len(predictors) + 1.6))
+    plot = figure.subplots()
     for lane, (content, factor) in enumerate(zip(predictors, factors, strict=True)):
         sigmas, tau, weight = content.sigmas, levels_of_points(content).flatten(), content.tables.weight.flatten()
         plot.hlines(lane, sigmas[-1], sigmas[0], color="silver", linewidth=1.2, zorder=1)
@@ -104,4 +89,3 @@ def draw_tables(path, predictors, titles):
                    "bars are the borders of intervals, thick where the network is called too", fontsize=9)  # fmt: skip
     figure.colorbar(discs, ax=plot, label="factor c·a of the direction", pad=0.01, aspect=14)
     figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)

@@ -22,13 +22,15 @@ def check_settings(folder, file, settings, remedy):
             raise UserError(f"{folder} holds samples {difference}: {remedy}.")
 
 
-def save(path, values):
-    """Write a picture (H, W, 3), or latents, so that no half-written file can be seen."""
+def save(path, values, quality=None):
+    """Write a picture (H, W, 3) as .png, or as .jpg of `quality`, or latents as .npy, so that no half-written file can be seen."""
     import numpy as np
     from PIL import Image
 
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    if path.suffix == ".png":
+    if path.suffix == ".jpg":
+        Image.fromarray(values).save(temporary, quality=quality)
+    elif path.suffix == ".png":
         Image.fromarray(values).save(temporary)
     else:
         np.save(temporary, values)

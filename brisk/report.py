@@ -1,20 +1,36 @@
-"""A measurement as people read it: a text table, one picture, and a page that needs no network."""
+"""A measurement as people read it: text table, CSV, JSON, pictures, and a page that needs no network.
+
+Figures are {model: {steps, network calls or "images": measurement}}, a measurement {name: value} with the spreads of some values
+under "spread".
+"""
 
 import base64
+import csv
 import html
+import io
 import json
+import math
 from pathlib import Path
 
+from brisk import report_pictures
 from brisk.checkpoint import write_atomically
 
-COLUMNS = {
-    "reward": ".3g", "gain": ".3g", "kl": ".3g",
-    "end_error": ".3g", "agreement": ".3g", "digit": ".3g", "foreground": ".3g", "background": ".3g", "all": ".3g",
-    "frechet": ".3g", "psnr_to_teacher": ".3g", "total_calls": "d", "seconds_per_image": ".4f", "seconds_alone": ".4f",
-    "network_calls": ".3g", "budget": "d", "blocks": ",d", "gmacs_per_image": ".3g", "parameters": ",d",
-    "gmacs": ".3g", "weights_mib": ".3g", "activations_mib": ".3g", "seconds_per_step": ".3f", "scheduler": "",
+QUALITY = {
+    "reward": ".4g", "gain": ".3g", "kl": ".3g", "end_error": ".3g", "agreement": ".3g", "digit": ".3g", "foreground": ".3g",
+    "background": ".3g", "all": ".3g", "frechet": ".4g", "fid": ".4g", "kid": ".3g", "inception_score": ".4g",
+    "precision": ".3g", "recall": ".3g", "clip": ".4g", "hps": ".4g", "pickscore": ".4g", "imagereward": ".4g",
+    "aesthetic": ".4g", "mps": ".4g", "psnr_to_teacher": ".3g",
 }  # fmt: skip
-AXES = {"network_calls": ("U-Net evaluations per image", "log"), "parameters": ("parameters of the U-Net", "linear")}
+COST = {
+    "nfe": ".4g", "total_nfe": ".4g", "total_calls": "d", "network_calls": ".3g", "seconds_alone": ".4g",
+    "seconds_per_image": ".4g", "budget": "d", "blocks": ",d", "gmacs_per_image": ".4g", "gmacs": ".3g", "parameters": ",d",
+    "weights_mib": ".3g", "activations_mib": ".3g", "peak_memory_gib": ".3g", "seconds_per_step": ".3f", "images": ",d",
+    "unreadable": ",d", "guidance_scale": "g", "scheduler": "",
+}  # fmt: skip
+COLUMNS = QUALITY | COST
+OTHER = ".4g"  # of a measure that has a spread, and is none of `COLUMNS`
+# what stands beside the models in report.json: no model can have such a name
+RESERVED = frozenset({"protocol", "record", "models", "scores", "captions", "environment"})
 
 
 def rows_of(figures):
@@ -23,119 +39,160 @@ def rows_of(figures):
 
 
 def columns_of(figures):
-    """The names of `COLUMNS` that any measurement has."""
-    return [name for name in COLUMNS if any(name in row for _, _, row in rows_of(figures))]
+    """The names in a table's head: those of `COLUMNS` that any measurement has, and measures beside them that have a spread.
 
-
-def _cells(row, columns):
-    cells = []
-    for name in columns:
-        text = f"{row[name]:{COLUMNS[name]}}" if name in row else ""
-        if name in row.get("spread", {}):
-            text = f"{row[name]:.3f} ± {row['spread'][name]:.3f}"
-        cells.append(text)
-    return cells
+    Without nfe where the second column says it, and without unreadable images where there are none.
+    """
+    rows = rows_of(figures)
+    others = dict.fromkeys(name for _, _, row in rows for name in row.get("spread", {}) if name not in COLUMNS)
+    found = [name for name in (*QUALITY, *others, *COST) if any(row.get(name) is not None for _, _, row in rows)]
+    said = all(row.get("nfe") is None or str(row["nfe"]) == steps for _, steps, row in rows)
+    left_out = {"nfe"} if said else set()
+    left_out |= set() if any(row.get("unreadable") for _, _, row in rows) else {"unreadable"}
+    return [name for name in found if name not in left_out]
 
 
 def text_table(figures):
     """The measurements as an aligned text table."""
     columns = columns_of(figures)
-    lines = [["model", "steps", *columns]]
+    lines = [["model", _second(figures), *columns]]
     lines += [[model, steps, *_cells(row, columns)] for model, steps, row in rows_of(figures)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def draw_picture(path, figures, pictures, prompts, title, axis):
-    """Samples of every row beside plots of agreement and Frechet distance.
+def write_csv(path, figures):
+    """Write a line per measurement: model, nfe (empty for images), every value in full and its spread as NAME_spread."""
+    rows, fields = [], {"model": None, "nfe": None}
+    for model, steps, row in rows_of(figures):
+        spread = row.get("spread", {})
+        line = {"model": model, "nfe": "" if steps == "images" else steps}
+        for name in [name for name in COLUMNS if name in row] + [name for name in row if name not in COLUMNS]:
+            if isinstance(row[name], (int, float, str)):
+                line[name] = row[name]
+                if name in spread:
+                    line[f"{name}_spread"] = spread[name]
+        fields |= dict.fromkeys(line)
+        rows.append(line)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(fields), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(Path(path), text.getvalue())
 
-    Args: `pictures` {(model, steps): list of PIL images}, one per prompt of `prompts`; `axis`: what the plots are over,
-    a name in `AXES`.
+
+def write_report(folder, title, figures, facts, notes, samples, captions):
+    """Write report.json (`figures` and `facts`), .csv, .png and .html and frontier.png into `folder`; returns the text table.
+
+    Args: `facts`: what is on record beside the figures, under names in `RESERVED`; `notes`: paragraphs, the first of which says
+    what was measured; `samples` {(model, steps): list of PIL images, None for one that is missing}; `captions`: of the images of
+    a row, or [].
+    Raises ValueError for a fact that is not in `RESERVED`, or a model that is.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import LogLocator
-
-    rows = [(model, steps) for model, steps, _ in rows_of(figures)]
-    columns = len(prompts)
-    tall = max(0.66 * len(rows) + 1.2, 5.2)  # room for the labels of the plots
-    figure = plt.figure(figsize=(0.66 * columns + 7.6, tall))
-    left, right = figure.subfigures(1, 2, width_ratios=(0.66 * columns + 1.4, 6.2))
-    spacing = {"wspace": 0.05, "hspace": 0.05, "left": 0.19, "right": 0.99, "bottom": 0.03, "top": 1 - 1.0 / tall}
-    axes = left.subplots(len(rows), columns, squeeze=False, gridspec_kw=spacing)
-    for line, key in zip(axes, rows, strict=True):
-        for cell, image in zip(line, pictures[key], strict=True):
-            cell.imshow(image)
-            cell.set_xticks([])
-            cell.set_yticks([])
-        steps = f"{key[1]} step" + "s" * (key[1] != "1")
-        line[0].set_ylabel(f"{key[0]}\n{steps}", rotation=0, ha="right", va="center", fontsize=9)
-    for cell, prompt in zip(axes[0], prompts, strict=True):
-        words = prompt.split()
-        cell.set_title(f"{words[1]}\n{words[3]}\non {words[6]}", fontsize=8)
-    quality, distance = right.subplots(2, 1, sharex=True, gridspec_kw={"top": 1 - 0.7 / tall, "bottom": 0.09})
-    for model, by_steps in figures.items():
-        points = sorted((row[axis], row["all"], row["frechet"]) for row in by_steps.values())
-        places, agreement, frechet = zip(*points, strict=True)
-        quality.plot(places, agreement, "o-", label=model)
-        distance.plot(places, frechet, "o-", label=model)
-    label, scale = AXES[axis]
-    quality.set(ylabel="agreement with the prompt", ylim=(0, 1.03), xscale=scale)
-    distance.set(ylabel="Fréchet distance to real images", yscale="log", xlabel=label)
-    for plot in (quality, distance):
-        plot.grid(alpha=0.3)
-        plot.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        plot.xaxis.set_minor_formatter("")
-    # plain numbers on the logarithmic scale too, at 2 and 5 as well for ranges below a decade
-    distance.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    for set_formatter in (distance.yaxis.set_major_formatter, distance.yaxis.set_minor_formatter):
-        set_formatter("{x:g}")
-    quality.legend(loc="center right")
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
+    wrong = (set(facts) - RESERVED) | (set(figures) & RESERVED)
+    if wrong:
+        raise ValueError(f"{', '.join(sorted(wrong))}: facts have names in report.RESERVED, models others")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "report.json", json.dumps({**figures, **facts}, indent=1) + "\n")
+    write_csv(folder / "report.csv", figures)
+    for name in ("report.png", "frontier.png"):
+        (folder / name).unlink(missing_ok=True)  # of other figures
+    samples = {report_pictures.label(*key): images for key, images in samples.items() if images}
+    shown = report_pictures.draw_report(folder / "report.png", title, figures, samples, captions)
+    report_pictures.draw_frontier(folder / "frontier.png", figures, title)
+    more = shown is not None and shown != report_pictures.quality_keys(figures)
+    pictures = [] if shown is None else ["report.png", *["frontier.png"] * more]
+    write_page(folder, title, [figures], facts, notes, pictures, captions if samples else ())
+    return text_table(figures)
 
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; margin-bottom: 1.5rem; font-variant-numeric: tabular-nums }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+.table {{ overflow-x: auto }}
+table {{ border-collapse: collapse; margin-bottom: 1.5rem; font-variant-numeric: tabular-nums; white-space: nowrap }}
 td, th {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right }}
-td:nth-child(-n+2), th:nth-child(-n+2), td:last-child, th:last-child {{ text-align: left }}
+td:nth-child(-n+2), th:nth-child(-n+2), td.words, th.words {{ text-align: left }}
 img {{ max-width: 100% }} pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto }}
-</style></head><body><h1>{title}</h1>{notes}
-{tables}<p><img alt="samples and plots" src="data:image/png;base64,{picture}"></p>
+</style></head><body><h1>{title}</h1>{summary}
+{tables}{pictures}{captions}{notes}
 <h2>How it was measured</h2><pre>{facts}</pre></body></html>
 """
 
 
-def write_report(folder, title, figures, facts, notes, pictures, prompts, axis="network_calls"):
-    """Write report.json (`figures` and `facts`), report.png and report.html into `folder`; returns the text table."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    draw_picture(folder / "report.png", figures, pictures, prompts, title, axis)
-    write_atomically(folder / "report.json", json.dumps({**figures, **facts}, indent=1) + "\n")
-    write_page(folder, title, [figures], facts, notes)
-    return text_table(figures)
+def write_page(folder, title, tables, facts, notes, pictures=("report.png",), captions=()):
+    """Write report.html into `folder`.
 
-
-def write_page(folder, title, tables, facts, notes):
-    """Write report.html into `folder` beside report.png, which it holds. Args: `tables`: figures, one table each."""
+    Args: `tables`: figures, one table each; `notes`: paragraphs, the first goes above the tables; `pictures`: files in `folder`,
+    which the page holds; `captions`: of the columns of samples.
+    """
+    sources = [base64.b64encode((Path(folder) / name).read_bytes()).decode() for name in pictures]
+    paragraphs = [f"<p>{html.escape(note)}</p>" for note in notes]
+    items = "".join(f"<li>{html.escape(caption)}</li>" for caption in captions)
     page = PAGE.format(
-        title=html.escape(title), notes="".join(f"<p>{html.escape(note)}</p>" for note in notes),
+        title=html.escape(title), summary="".join(paragraphs[:1]), notes="".join(paragraphs[1:]),
         tables="".join(map(_html_table, tables)), facts=html.escape(json.dumps(facts, indent=1)),
-        picture=base64.b64encode((Path(folder) / "report.png").read_bytes()).decode(),
+        pictures="".join(f'<p><img alt="samples and plots" src="data:image/png;base64,{source}"></p>' for source in sources),
+        captions=f"<p>Samples from left to right:</p><ol>{items}</ol>" if items else "",
     )  # fmt: skip
     write_atomically(Path(folder) / "report.html", page)
 
 
+def _second(figures):
+    """What the second column is called."""
+    return "nfe" if any("nfe" in row or steps == "images" for _, steps, row in rows_of(figures)) else "steps"
+
+
+def _cells(row, columns):
+    return [_cell(row, name) if row.get(name) is not None else "" for name in columns]
+
+
+def _cell(row, name):
+    """A value as text, with its spread in two digits and as many decimals as that."""
+    value, spread = row[name], row.get("spread", {}).get(name)
+    if spread is None or not math.isfinite(spread) or not math.isfinite(value):
+        form = COLUMNS.get(name, OTHER)
+        plain = form.endswith("g") and 1e4 <= abs(value) < 1e12  # else they would have an exponent
+        return f"{value:{',.0f' if plain else form}}"
+    decimals = 3 if spread == 0 else 1 - math.floor(math.log10(abs(spread)))
+    if value:
+        decimals = min(decimals, 4 - math.floor(math.log10(abs(value))))  # five digits of a value are enough
+    decimals = max(decimals, 0)
+    return f"{value:.{decimals}f} ± {spread:.{decimals}f}"
+
+
+def _best(figures, columns):
+    """{column: its best value} of the columns in which measurements differ and some are better."""
+    found = {}
+    for name in columns:
+        values = [row[name] for _, _, row in rows_of(figures) if report_pictures.is_number(row.get(name))]
+        if len(set(values)) > 1:
+            found[name] = report_pictures.better(name, values)
+    return found
+
+
 def _html_table(figures):
     columns = columns_of(figures)
-    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in ("model", "steps", *columns))
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in (model, steps, *_cells(row, columns))) + "</tr>"
+    best = _best(figures, columns)
+
+    def head(name):
+        arrow = " ↓" if name in report_pictures.LOWER else " ↑" if name in report_pictures.HIGHER else ""
+        return f"<th{_words(name)}>{html.escape(name.replace('_', ' '))}{arrow}</th>"
+
+    def cell(row, name, text):
+        text = html.escape(text)
+        marked = f"<b>{text}</b>" if best.get(name) is not None and row.get(name) == best[name] else text
+        return f"<td{_words(name)}>{marked}</td>"
+
+    lines = "".join(
+        f"<tr><td>{html.escape(model)}</td><td>{html.escape(steps)}</td>"
+        + "".join(cell(row, name, text) for name, text in zip(columns, _cells(row, columns), strict=True)) + "</tr>"
         for model, steps, row in rows_of(figures)
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
+    )  # fmt: skip
+    names = "".join(map(head, columns))
+    return f'<div class="table"><table><tr><th>model</th><th>{_second(figures)}</th>{names}</tr>{lines}</table></div>'
+
+
+def _words(name):
+    return ' class="words"' if name == "scheduler" else ""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from brisk import epd_policy, handwriting, reward_models, reward_mps, scorers
+from brisk import builtin_protocol, epd_policy, handwriting, reward_models, reward_mps
 from brisk.options import UserError
 
 H14, L14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14"
@@ -27,7 +27,6 @@ SECTIONS = {
 HPS_FILES = {"v2.1": "HPS_v2.1_compressed.pt", "v2.0": "HPS_v2_compressed.pt"}
 MIXED = tuple(epd_policy.REWARD_SCALES)
 ALONE = ("mps", "handwriting", "dummy", "analytic")
-ORACLE = Path(__file__).resolve().parent.parent / "assets" / "handwriting-oracle"
 GREY = 0.5
 # where weights come from, the end of a message
 HPS_SOURCE = "give {} of huggingface.co/xswu/HPSv2, or give null to have it downloaded"
@@ -220,7 +219,7 @@ def _handwriting(device):
 
     The first is the geometric mean of the probabilities of digit, ink and paper, smooth in [0, 1]; of a class, of the digit.
     """
-    oracle = scorers.load_oracle(ORACLE).to(device)
+    oracle = builtin_protocol.load_oracle().to(device)
 
     def wanted(images, prompts, labels):
         if tuple(images.shape[1:]) != (3, 32, 32):

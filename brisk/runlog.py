@@ -259,11 +259,21 @@ def _commit():
     return done.stdout.strip() or None
 
 
+def _cpu():
+    """The processor's name, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    return named or platform.processor() or platform.machine()
+
+
 def environment():
     """Versions, commit and hardware, as a dict for manifests, reports and bug reports."""
     packages = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
     return {
         "python": platform.python_version(), "platform": platform.platform(), "packages": versions,
         "commit": _commit(), "device": device, "cpu_cores": os.cpu_count(), "torch_threads": torch.get_num_threads(),

@@ -7,13 +7,13 @@ so that a slow moment of the machine hits all of them.
 
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from bench_step import BATCHES, check_output, check_size, synchronize, write_json
+from bench_step import BATCHES, check_output, check_size, write_json
 
 from brisk import fpdm_options, options
+from brisk.sampling_cost import time_once
 
 FAMILY = {"sd": "bk_base,bk_small,bk_tiny",
           "sdxl": "small_sd_xl,tiny_sd_xl,koala_1b,koala_700m,ssd_1b,segmind_vega"}  # fmt: skip
@@ -119,22 +119,6 @@ def sample(unet, scheduler, noise, prompts, steps):
             guided = without + 7.5 * (with_prompt - without)
             latents = scheduler.step(guided, timestep, latents, return_dict=False)[0]
     return latents
-
-
-def time_once(device, call):
-    """(seconds, GiB on top of what was there before or None off CUDA) of `call()`."""
-    import torch
-
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if on_gpu else 0
-    synchronize(device)
-    started = time.perf_counter()
-    call()
-    synchronize(device)
-    seconds = time.perf_counter() - started
-    return seconds, (torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu else None
 
 
 def describe(entry, taken, first_median):

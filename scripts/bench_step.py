@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from brisk import options
+from brisk.sampling_cost import synchronize
 
 
 class Setting(NamedTuple):
@@ -123,14 +124,6 @@ def matmul_rate(device, dtype):
         synchronize(device)
         best = min(best, time.perf_counter() - started)
     return 2 * n**3 / best
-
-
-def synchronize(device):
-    """Wait for the device."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def time_row(make, steps, warmup, device):

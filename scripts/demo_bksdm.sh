@@ -22,6 +22,6 @@ wait $RANDOM_RUN || { echo "error: that run failed; the end of $OUT/random.log:"
 
 echo "== 4/4 sample and measure"
 # shellcheck disable=SC2086
-OMP_NUM_THREADS="$CORES" python evaluate.py --student "before=$OUT/before" --student "student=$OUT" \
-    --student "random=$OUT/random" --teacher_steps 25 --output_dir "$OUT" ${DEMO_EVALUATE:-}
+OMP_NUM_THREADS="$CORES" python evaluate.py --model "before=$OUT/before" --model "student=$OUT" \
+    --model "random=$OUT/random" --nfe 25 --output_dir "$OUT" ${DEMO_EVALUATE:-}
 echo "The smaller pipeline is in $OUT: DiffusionPipeline.from_pretrained(\"$OUT\")."

@@ -6,11 +6,8 @@ With --random a tiny pipeline of random weights and shards of synthetic pictures
 
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # evaluate.py is not part of the package
 
 from brisk import options
 
@@ -113,18 +110,31 @@ def train_pipeline(oracle, strokes, digits, args):
     )  # fmt: skip
 
 
-def measure(folder, oracle_folder, args):
-    """Figures of the saved pipeline, read back and drawn as evaluate.py does; writes samples.png beside it."""
+def draw(pipeline, captions, steps, guidance_scale, seed):
+    """Images (N, 3, 32, 32) in [-1, 1] of N captions, 100 at a time, all from the noise of one generator."""
     import torch
+
+    generator, images = torch.Generator(pipeline.device).manual_seed(seed), []
+    for first in range(0, len(captions), 100):
+        images.append(pipeline(captions[first : first + 100], num_inference_steps=steps, guidance_scale=guidance_scale,
+                               generator=generator, output_type="pt").images.cpu() * 2 - 1)  # fmt: skip
+    return torch.cat(images)
+
+
+def measure(folder, oracle_folder, args):
+    """Figures of the saved pipeline, read back; writes samples.png beside it."""
+    import torch
+    from diffusers import StableDiffusionPipeline
     from diffusers.utils import make_image_grid
     from tqdm import tqdm
 
-    import evaluate
-    from brisk import handwriting, metrics, scorers
+    from brisk import builtin_protocol, handwriting, metrics, scorers
 
     torch.set_grad_enabled(False)
-    pipeline, oracle = evaluate.load_pipeline(folder), scorers.load_oracle(oracle_folder)
-    held_out = handwriting.draw("test", 2000, seed=0)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    oracle, held_out = builtin_protocol.load_oracle(oracle_folder, "--oracle_dir"), builtin_protocol.real_images()
     images, reference = held_out["images"], oracle.features(held_out["images"])
     error = (pipeline.vae(images.to(pipeline.device)).sample.cpu() - images).square().mean().sqrt()
     labels = [held_out[name] for name in ("digits", "foregrounds", "backgrounds")]
@@ -134,12 +144,11 @@ def measure(folder, oracle_folder, args):
         "oracle_held_out": scorers.prompt_agreement(oracle, images, *labels), "autoencoder_rmse": error.item(),
         "training_images_frechet": metrics.frechet_distance(training, reference), "ddim": {},
     }  # fmt: skip
-    labels = evaluate.wanted_labels(args.samples, args.seed)
+    labels = builtin_protocol.wanted_labels(args.samples, args.seed)
+    captions = builtin_protocol.captions_of(labels)
     for steps in tqdm(FIGURE_STEPS, desc="figures     ", dynamic_ncols=True):
-        images, _, _ = evaluate.draw(pipeline, labels, steps, args.guidance_scale, args.seed, 100)
-        figures = scorers.prompt_agreement(oracle, images, *labels)
-        figures["frechet"] = metrics.frechet_distance(oracle.features(images), reference)
-        report["ddim"][str(steps)] = figures
+        images = draw(pipeline, captions, steps, args.guidance_scale, args.seed)
+        report["ddim"][str(steps)] = builtin_protocol.measure(oracle, [images], [labels], reference)
         if steps == FIGURE_STEPS[0]:
             shown = pipeline.image_processor.postprocess(images[:40], output_type="pil")
             make_image_grid(shown, rows=4, cols=10, resize=64).save(folder / "samples.png")

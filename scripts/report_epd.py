@@ -5,14 +5,10 @@ Per setting (without prompts, or guided) everything starts from the same noise, 
 in the file that training read. The end point of a solver is compared with that of a run of hundreds of steps.
 """
 
-import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # evaluate.py is not part of the package
 
 from brisk import options
 
@@ -62,7 +58,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--predictor", action="append", required=True, help="folder of a training run, or predictor file; may be repeated")
     add("--training_prompts", default=str(ROOT / "configs/epd/tiny_digits.txt"), help="captions that trainings read, left out here")
-    add("--oracle", default=str(ROOT / "assets/handwriting-oracle"), help="the classifier that reads the images")
+    add("--oracle", help="folder of the classifier that reads the images; default: the built-in one")
     add("--output_dir", required=True, help="folder for report.json, report.png, report.html and table.png")
     add("--samples", type=options.number(int, low=50), default=64, help="images per seed")
     add("--seeds", type=options.COUNT, default=3, help="number of seeds; the spread over them is reported")
@@ -74,19 +70,6 @@ def parse_args(argv=None):
         if name not in SOLVERS:
             raise options.UserError(f"--solvers: '{name}' is none of {', '.join(SOLVERS)}.")
     return args
-
-
-def held_out_captions(path):
-    """The captions of the handwriting set, in a fixed shuffled order, that the file `path` does not hold."""
-    import evaluate
-    from brisk import epd_options, handwriting
-
-    seen = set(epd_options.read_prompts(None, path, "--training_prompts"))
-    everything = zip(*(column.tolist() for column in evaluate.wanted_labels(560, 0)), strict=True)
-    left = [text for text in (handwriting.caption(*labels) for labels in everything) if text not in seen]
-    if not left:
-        raise options.UserError(f"--training_prompts {path} holds every caption: none is left to measure with.")
-    return left
 
 
 def say_guidance(guidance):
@@ -115,20 +98,19 @@ def solve(setting, sampler, noise):
         return solvers.last(epd_sampling.states(sampler, direction_of(setting, len(noise)), start))
 
 
-def long_run(setting, noise, steps):
-    """End points of iPNDM of order 4 with `steps` steps on polynomial levels."""
+def long_run(denoiser, steps):
+    """The `epd_sampling.Sampler` that others are compared with: iPNDM of order 4 with `steps` steps on polynomial levels."""
     from brisk import epd_sampling, solvers
 
-    wanted = solvers.SolverOptions(max_order=4)
-    return solve(setting, epd_sampling.of_solver("ipndm", setting.denoiser, steps + 1, "polynomial", options=wanted), noise)
+    return epd_sampling.of_solver("ipndm", denoiser, steps + 1, "polynomial", options=solvers.SolverOptions(max_order=4))
 
 
 def decode(denoiser, ends):
-    """Images (B, 3, H, W) in [-1, 1]."""
+    """Images (B, 3, H, W) in [-1, 1] on the CPU."""
     import torch
 
     with torch.no_grad():
-        return denoiser.decode(ends).clamp(-1, 1)
+        return denoiser.decode(ends).clamp(-1, 1).cpu()
 
 
 def make_setting(denoiser, guidance, prompts, args):
@@ -142,9 +124,9 @@ def make_setting(denoiser, guidance, prompts, args):
                          device=denoiser.device) for seed, count in enumerate(counts)]  # fmt: skip
     setting = Setting(denoiser, guidance, prompts, noise, [], [])
     for start in noise:
-        setting.ends.append(long_run(setting, start, args.reference_steps))
+        setting.ends.append(solve(setting, long_run(denoiser, args.reference_steps), start))
         setting.images.append(decode(denoiser, setting.ends[-1]))
-    rough = long_run(setting, noise[0], args.reference_steps // 2)
+    rough = solve(setting, long_run(denoiser, args.reference_steps // 2), noise[0])
     return setting, epd_distill.end_error(rough, setting.ends[0]).item()
 
 
@@ -215,24 +197,20 @@ def measure(setting, plan, oracle, reference, args):
     """(one measurement over all seeds, with the spread over them; images of the first seed)."""
     import torch
 
-    import evaluate
-    from brisk import epd_distill, metrics, scorers
+    from brisk import builtin_protocol, epd_distill, scorers
 
-    rows, by_seed, features, seconds, shown = [], [], [], [], None
+    rows, compared, seconds, images = [], [], [], []
     counter = setting.denoiser.network.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
     try:
         for seed in range(args.seeds):
             started = time.perf_counter()
             ends = solve(setting, plan.sampler, setting.noise[seed])
             seconds.append((time.perf_counter() - started) / args.samples)
-            images = decode(setting.denoiser, ends)
-            shown = images if shown is None else shown
-            features.append(oracle.features(images))
+            images.append(decode(setting.denoiser, ends))
             with torch.no_grad():
                 wanted = [logits.argmax(1) for logits in oracle(setting.images[seed])]
-            by_seed.append({"end_error": epd_distill.end_error(ends, setting.ends[seed]).item(),
-                            "agreement": scorers.prompt_agreement(oracle, images, *wanted)["all"],
-                            "frechet": metrics.frechet_distance(features[-1], reference)})  # fmt: skip
+            compared.append({"end_error": epd_distill.end_error(ends, setting.ends[seed]).item(),
+                             "agreement": scorers.prompt_agreement(oracle, images[-1], *wanted)["all"]})  # fmt: skip
         calls = len(rows) // args.seeds
         pair = 1 + (setting.guidance[0] == "cfg" and setting.guidance[1] != 1)
         total = sum(rows) // (args.seeds * args.samples * pair)
@@ -243,9 +221,9 @@ def measure(setting, plan, oracle, reference, args):
     finally:
         counter.remove()
     apart = [end - start for start, end in zip(alone[1:], alone[2:], strict=False)]
-    return {**evaluate.summarise(by_seed, features, reference), "calls": calls, "total_calls": total,
-            "seconds_per_image": statistics.median(seconds), "seconds_alone": statistics.median(apart),
-            "scheduler": plan.levels}, shown  # fmt: skip
+    row = builtin_protocol.measure(oracle, images, None, reference, compared)
+    return {**row, "calls": calls, "total_calls": total, "seconds_per_image": statistics.median(seconds),
+            "seconds_alone": statistics.median(apart), "scheduler": plan.levels}, images[0]  # fmt: skip
 
 
 def rivals(figures, calls):
@@ -313,14 +291,10 @@ def main(argv=None):
     import torch  # noqa: I001
     from tqdm import tqdm
 
-    from brisk import checkpoint, denoiser_sources, epd_pictures, epd_sampling, handwriting, predictor_files, report, runlog
-    from brisk import scorers
+    from brisk import builtin_protocol, demo_reports, denoiser_sources, epd_pictures, epd_sampling, predictor_files, runlog
 
     runlog.quiet_libraries()
-    try:
-        oracle = scorers.load_oracle(args.oracle)
-    except FileNotFoundError as error:
-        raise options.UserError(f"--oracle: {error}") from None
+    oracle = builtin_protocol.load_oracle(args.oracle)
     predictors = [predictor_files.load(path) for path in args.predictor]
     kinds = {(content.model["guidance_rate"], name_of(content), content.nfe.para_nfe) for content in predictors}
     if len(kinds) < len(predictors):
@@ -328,9 +302,9 @@ def main(argv=None):
                                 "apart.")  # fmt: skip
     wanted = epd_sampling.complete(denoiser_sources.ModelOptions(), predictors[0])
     denoiser = denoiser_sources.load(wanted, "cuda" if torch.cuda.is_available() else "cpu")
-    prompts = held_out_captions(args.training_prompts)
-    real = handwriting.draw("test", 2000, seed=0)
-    reference = oracle.features(real["images"])
+    prompts = builtin_protocol.unseen_captions(args.training_prompts)
+    real = builtin_protocol.real_images()["images"]
+    reference = oracle.features(real)
     guidances = [(content.model["guidance_type"], content.model["guidance_rate"]) for content in predictors]
     tables, samples, floor, long_runs, notes = {}, None, {}, {}, []
     for guidance in dict.fromkeys(guidances):
@@ -344,29 +318,27 @@ def main(argv=None):
             figures.setdefault(model, {})[str(calls)] = row
             drawn[model, calls] = images
         tables[words] = figures
-        samples = samples or shown_samples(setting, figures, drawn, real["images"])
+        samples = samples or shown_samples(setting, figures, drawn, real)
         floor[words] = frechet_of_long_run(setting, oracle, reference, args)
         long_runs[words] = {"steps": args.reference_steps, "frechet": floor[words], "end_error_at_half_the_steps": rough}
         notes += conclusions(words.capitalize(), figures)
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    title = "brisk: EPD-Solver on the built-in teacher; samples of the setting " + next(iter(tables))
-    epd_pictures.draw_report(output / "report.png", tables, styles(tables), samples, floor, title)
+    title = "brisk: EPD-Solver on the built-in teacher"
+    epd_pictures.draw_report(output / "report.png", tables, styles(tables), samples, floor,
+                             f"{title}; samples of the setting {next(iter(tables))}")  # fmt: skip
     titles = [f"{name_of(content)}, {content.nfe.para_nfe} calls\n{say_guidance(guidance)}"
               for content, guidance in zip(predictors, guidances, strict=True)]  # fmt: skip
     epd_pictures.draw_tables(output / "table.png", predictors, titles)
     facts = {"samples_per_seed": args.samples, "seeds": args.seeds, "long_run": long_runs,
-             "reference": "2000 tinted held-out scans", "predictors": args.predictor,
+             "reference": f"{len(real)} tinted held-out scans", "predictors": args.predictor,
              "environment": runlog.environment()}  # fmt: skip
-    content = {**tables, "conclusions": notes, **facts}
-    checkpoint.write_atomically(output / "report.json", json.dumps(content, indent=1) + "\n")
     words = {"choices": ", ".join(CHOICES), "orders": " and ".join(map(str, ORDERS)), "count": args.samples // 2}
-    said = [*(note.format(**words) for note in NOTES), *notes]
-    report.write_page(output, "brisk: EPD-Solver on the built-in teacher", list(tables.values()), facts, said)
-    for words, figures in tables.items():
-        rough = long_runs[words]["end_error_at_half_the_steps"]
-        print(f"\n{words}; a long run of half the steps ends {rough:.2g} from the long run\n{report.text_table(figures)}")
-    print("\n" + "\n".join(notes) + f"\n\n{output}/report.png  report.html  report.json  table.png")
+    explained = [note.format(**words) for note in NOTES]
+    headed = {f"{words}; a long run of half the steps ends {long_runs[words]['end_error_at_half_the_steps']:.2g} from the long "
+              "run": figures for words, figures in tables.items()}  # fmt: skip
+    demo_reports.write(output, title, {**tables, "conclusions": notes}, headed, facts, explained, notes,
+                       ("report.png", "table.png"))  # fmt: skip
 
 
 if __name__ == "__main__":

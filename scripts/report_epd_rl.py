@@ -6,17 +6,14 @@ so that those of differences are of pairs.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from report_epd import SOLVERS, decode, long_run, published
+
+from brisk import options
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-
-from report_epd import SOLVERS, decode, held_out_captions, published  # noqa: E402
-
-from brisk import options  # noqa: E402
-
 FIRST_SEED = 1_000_000  # of the images here; those of training are from 2^31 on, those of its evaluation 0, 1, 2, ...
 START, LONG_RUN = "distilled", "long run"
 PLAIN = (("DDIM", 1.0), ("UniPC", 1.0), ("UniPC", 2.0))  # solver, guidance
@@ -60,7 +57,7 @@ def parse_args(argv=None):
     add("--start", required=True, help="folder of the run of train_epd.py, or predictor file, that was tuned")
     add("--run", action="append", required=True, help="folder of a run of train_epd_rl.py; may be repeated")
     add("--training_prompts", default=str(ROOT / "configs/epd/tiny_digits.txt"), help="captions that trainings read, left out here")
-    add("--oracle", default=str(ROOT / "assets/handwriting-oracle"), help="the classifier that reads the images")
+    add("--oracle", help="folder of the classifier that reads the images; default: the built-in one")
     add("--output_dir", required=True, help="folder for report.json, report.png, report.html and table.png")
     add("--images_per_caption", type=options.COUNT, default=5, help="each from a seed of its own")
     add("--reference_steps", type=options.number(int, low=4), default=40, help="steps of the long run")
@@ -94,11 +91,10 @@ def untrained(start):
 
 def make_ways(denoiser, start, tuned, steps):
     """The list of every `Way`, the long run first. Args: `tuned` {name: (`Predictor`, KL)}."""
-    from brisk import epd_sampling, solvers
+    from brisk import epd_sampling
 
     calls, rate = start.nfe.para_nfe, start.model["guidance_rate"]
-    reference = epd_sampling.of_solver("ipndm", denoiser, steps + 1, "polynomial", options=solvers.SolverOptions(max_order=4))
-    ways = [Way(LONG_RUN, reference, rate)]
+    ways = [Way(LONG_RUN, long_run(denoiser, steps), rate)]
     for title, guidance in PLAIN:
         name = title + f", guidance {guidance:g}" * (guidance != rate)
         ways.append(Way(name, published(SOLVERS[title], denoiser, calls).sampler, guidance))
@@ -122,7 +118,7 @@ def draw(denoiser, way, captions, ends, reward, oracle):
             direction = denoisers.direction_for(denoiser, part, len(part), "cfg", way.guidance)
             found.append(solvers.last(epd_sampling.states(way.sampler, direction, x)))
     found = torch.cat(found)
-    images = decode(denoiser, found).cpu()
+    images = decode(denoiser, found)
     scores = reward.score((images + 1) / 2, captions)
     error = (found - (found if ends is None else ends)).flatten(1).square().sum(1).cpu()
     return Drawn(images, scores["handwriting"], scores["handwriting_hit"], oracle.features(images), error), found
@@ -182,30 +178,20 @@ def conclusion(name, row, start, count, captions):
             f"{row['reward']:.4f}, {gain:+.4f} ± {error:.4f}: {word}. {others}. KL to the start {row['kl']:.3g} nats.")  # fmt: skip
 
 
-def _draw_samples(figure, samples, title):
-    axes = figure.subplots(len(samples), 1, gridspec_kw={"hspace": 0.06, "left": 0.18, "right": 0.995, "bottom": 0.02, "top": 0.88})
-    for place, (name, images) in zip(axes, samples.items(), strict=True):
-        place.imshow((images.permute(2, 0, 3, 1).flatten(1, 2) + 1) / 2)  # side by side
-        place.set(xticks=[], yticks=[])
-        place.axvline(SHOWN * images.shape[-1] - 0.5, color="white", linewidth=5)
-        place.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    axes[0].set_title(title, fontsize=9)
-
-
 def draw_picture(path, title, samples, courses, rows, colours):
     """Samples beside the course of training, and beside where every way to sample stands in reward and Frechet distance.
 
     Args: `samples` {way: images (N, 3, 32, 32)}; `courses` {tuned: rows of evaluation}; `rows`: `measure`'s; `colours`
     {way: colour}.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from brisk import demo_reports
 
-    figure = plt.figure(figsize=(16, 0.62 * len(samples) + 1.3))
+    figure = Figure(figsize=(16, 0.62 * len(samples) + 1.3))
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1))
-    _draw_samples(left, samples, "first seeds  |  those that the distilled tables have the least reward for")
+    lines = demo_reports.draw_samples(left, samples, {"left": 0.18, "bottom": 0.02, "top": 0.88}, parted=SHOWN)
+    lines[0].set_title("first seeds  |  those that the distilled tables have the least reward for", fontsize=9)
     course, trade = right.subplots(1, 2, gridspec_kw={"left": 0.09, "right": 0.99, "wspace": 0.27, "bottom": 0.1, "top": 0.88})
     for name, history in courses.items():
         values = [[row[key] for row in history] for key in ("step", "reward", "standard_error", "kl")]
@@ -227,7 +213,6 @@ def draw_picture(path, title, samples, courses, rows, colours):
         plot.grid(alpha=0.3, which="both")
     figure.suptitle(title, fontsize=12, y=0.995)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main(argv=None):
@@ -236,22 +221,19 @@ def main(argv=None):
     import torch
     from tqdm import tqdm
 
-    from brisk import checkpoint, denoiser_sources, epd_pictures, epd_sampling, handwriting, predictor_files, report, rewards
-    from brisk import runlog, scorers
+    from brisk import builtin_protocol, demo_reports, denoiser_sources, epd_pictures, epd_sampling, predictor_files, rewards
+    from brisk import runlog
 
     runlog.quiet_libraries()
-    try:
-        oracle = scorers.load_oracle(args.oracle)
-    except FileNotFoundError as error:
-        raise options.UserError(f"--oracle: {error}") from None
+    oracle = builtin_protocol.load_oracle(args.oracle)
     start, runs = predictor_files.load(args.start), [read_run(folder) for folder in args.run]
     if len({name for name, _, _ in runs}) < len(runs):
         raise options.UserError("--run: two runs have the same ppo.kl_coef; the report could not tell them apart.")
-    captions = held_out_captions(args.training_prompts)
+    captions = builtin_protocol.unseen_captions(args.training_prompts)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     denoiser = denoiser_sources.load(epd_sampling.complete(denoiser_sources.ModelOptions(), start), device)
     reward = rewards.load(rewards.RewardSettings(type="handwriting", batch_size=64), device)
-    real = oracle.features(handwriting.draw("test", 2000, seed=0)["images"]).double().numpy()
+    real = builtin_protocol.held_out(oracle).double().numpy()
     reference = (real.mean(0), np.cov(real, rowvar=False))
 
     tuned = {name: (content, record["best"]["kl"]) for name, content, record in runs}
@@ -280,15 +262,14 @@ def main(argv=None):
     title = "brisk: EPD tables tuned by a reward, on the built-in teacher"
     compared = {name: row for name, row in rows.items() if name != "untrained"}  # that one is far below
     draw_picture(output / "report.png", title, samples, courses, compared, colours)
-    tables = {"untrained": untrained(start), START: start} | {name: content for name, (content, _) in tuned.items()}
-    epd_pictures.draw_tables(output / "table.png", list(tables.values()), list(tables))
+    predictors = {"untrained": untrained(start), START: start} | {name: content for name, (content, _) in tuned.items()}
+    epd_pictures.draw_tables(output / "table.png", list(predictors.values()), list(predictors))
     facts = {"images": len(wanted), "held_out_captions": len(captions), "first_seed": FIRST_SEED,
-             "reference": "2000 tinted held-out scans", "start": args.start, "runs": dict(zip(tuned, args.run, strict=True)),
-             "courses": courses, "environment": runlog.environment()}  # fmt: skip
-    checkpoint.write_atomically(output / "report.json", json.dumps({**figures, "conclusions": notes, **facts}, indent=1) + "\n")
-    report.write_page(output, title, [figures], facts, [*NOTES, *notes])
-    print(f"\n{report.text_table(figures)}\n\n" + "\n".join(notes))
-    print(f"\n{output}/report.png  report.html  report.json  table.png")
+             "reference": f"{len(real)} tinted held-out scans", "start": args.start,
+             "runs": dict(zip(tuned, args.run, strict=True)), "courses": courses,
+             "environment": runlog.environment()}  # fmt: skip
+    tables = {"captions and seeds that no training saw": figures}
+    demo_reports.write(output, title, {**figures, "conclusions": notes}, tables, facts, NOTES, notes, ("report.png", "table.png"))
 
 
 if __name__ == "__main__":

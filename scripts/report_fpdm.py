@@ -7,15 +7,11 @@ few iterations each, every timestep started afresh or from the one before (reuse
 
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # evaluate.py is not part of the package
-
 from brisk import options
 
-ROOT = Path(__file__).resolve().parents[1]
 STATIC_BYTES = 20  # per parameter in training: weight, gradient, two moments of Adam, average
 NOTES = [
     "Training. weights mib: weights, gradients, Adam's two moments and the moving average, 20 bytes a parameter. activations "
@@ -35,7 +31,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--dit", required=True, help="folder of the DiT's training run, with its VAE")
     add("--fpdm", required=True, help="folder of the FPDM's training run")
-    add("--oracle", default=str(ROOT / "assets/handwriting-oracle"), help="the classifier that reads the images")
+    add("--oracle", help="folder of the classifier that reads the images; default: the built-in one")
     add("--output_dir", required=True, help="folder for report.json, report.png, report.html and samples_*.png")
     add("--budgets", default="1,2,3,5,10", help="sampling budgets, each in steps of the DiT")
     add("--iterations", default="2,4,8", help="iterations per timestep, started afresh and with reuse")
@@ -100,21 +96,18 @@ def draw(network, vae, plan, count, seed):
 
 def measure(network, vae, plan, oracle, reference, args):
     """(one measurement over all seeds, with the spread over them; images of the first seed)."""
-    import evaluate
-    from brisk import fpdm_sampling, metrics, scorers
+    from brisk import builtin_protocol, fpdm_sampling, scorers
 
-    by_seed, features, seconds, shown = [], [], [], None
+    drawn, seconds, read = [], [], []
     for seed in range(args.seeds):
         images, labels, took = draw(network, vae, plan, args.samples, seed)
-        shown = images if shown is None else shown
-        features.append(oracle.features(images))
+        drawn.append(images)
         seconds.append(took)
-        by_seed.append({"digit": scorers.prompt_agreement(oracle, images, labels)["digit"],
-                        "frechet": metrics.frechet_distance(features[-1], reference)})  # fmt: skip
+        read.append({"digit": scorers.prompt_agreement(oracle, images, labels)["digit"]})  # their colours are free
     cost = fpdm_sampling.cost(network, plan)
-    row = evaluate.summarise(by_seed, features, reference)
+    row = builtin_protocol.measure(oracle, drawn, None, reference, read)
     return {**row, "seconds_per_image": statistics.median(seconds), "network_calls": cost.calls, "blocks": cost.blocks,
-            "gmacs_per_image": cost.macs / 1e9, "scheduler": "DDIM"}, shown  # fmt: skip
+            "gmacs_per_image": cost.macs / 1e9, "scheduler": "DDIM"}, drawn[0]  # fmt: skip
 
 
 def activation_bytes(network, batch):
@@ -157,23 +150,14 @@ def draw_picture(path, training, figures, rows, digits, floor, title):
     Args: `rows` {what: images (N, 3, H, W) in [-1, 1], one per number of `digits`}; `floor` the Frechet
     distance of training images.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import LogLocator, NullLocator
+    from brisk import demo_reports
 
-    figure = plt.figure(figsize=(16, 9))
+    figure = Figure(figsize=(16, 9))
     left, right = figure.subfigures(1, 2, width_ratios=(8.4, 7.6))
-    spacing = {"wspace": 0.05, "hspace": 0.05, "left": 0.29, "right": 0.99, "bottom": 0.02, "top": 0.91}
-    axes = left.subplots(len(rows), len(digits), squeeze=False, gridspec_kw=spacing)
-    for line, (name, images) in zip(axes, rows.items(), strict=True):
-        for cell, image in zip(line, images, strict=True):
-            cell.imshow((image.permute(1, 2, 0) + 1) / 2)
-            cell.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-    for cell, digit in zip(axes[0], digits, strict=True):
-        cell.set_title(str(digit), fontsize=10)
+    demo_reports.draw_samples(left, rows, {"left": 0.29, "right": 0.97, "bottom": 0.02, "top": 0.91}, digits)
     spacing = {"hspace": 0.14, "left": 0.2, "right": 0.98, "bottom": 0.1, "top": 0.91, "height_ratios": (1.15, 2, 2)}
     bars, quality, distance = right.subplots(3, 1, gridspec_kw=spacing)
     draw_bars(bars, {model: next(iter(by_steps.values())) for model, by_steps in training.items()})
@@ -188,16 +172,13 @@ def draw_picture(path, training, figures, rows, digits, floor, title):
     budgets = {row["gmacs_per_image"]: int(steps) for steps, row in figures["DiT"].items()}
     distance.set_xticks([*budgets], [f"{gmacs:.2g}\n{steps} step{'s' * (steps > 1)}" for gmacs, steps in budgets.items()])
     distance.xaxis.set_minor_locator(NullLocator())
-    distance.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    for formatter in (distance.yaxis.set_major_formatter, distance.yaxis.set_minor_formatter):  # plain numbers
-        formatter("{x:,g}")
+    demo_reports.plain_numbers(distance.yaxis, (2, 5))
     quality.tick_params(labelbottom=False)
     for plot in (quality, distance):
         plot.grid(alpha=0.3, which="both")
     quality.legend(loc="best", fontsize=8, ncols=2)
     figure.suptitle(title, fontsize=12)
     figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
 
 
 def draw_bars(plot, training):
@@ -216,6 +197,8 @@ def draw_bars(plot, training):
 
 def draw_curve(quality, distance, model, rows):
     """One model's agreement and Frechet distance over what an image costs, with the spread over seeds."""
+    from brisk import demo_reports
+
     word = model.split(" ")[1] if " " in model else ""
     colour = f"C{int(word).bit_length()}" if word else "black"
     reuse = model.endswith("reuse")
@@ -224,9 +207,7 @@ def draw_curve(quality, distance, model, rows):
     if word and not reuse:
         style |= {"linestyle": ":", "markerfacecolor": "white"}
     for plot, name in ((quality, "digit"), (distance, "frechet")):
-        points = sorted((row["gmacs_per_image"], row[name], row.get("spread", {}).get(name, 0)) for row in rows)
-        places, values, spread = zip(*points, strict=True)
-        plot.errorbar(places, values, spread, **style)
+        plot.errorbar(*demo_reports.points(rows, "gmacs_per_image", name), **style)
 
 
 def save_grid(path, images):
@@ -234,9 +215,11 @@ def save_grid(path, images):
     from diffusers.utils import make_image_grid
     from PIL import Image
 
-    pixels = ((images + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).byte().numpy()
-    rows = len(pixels) // 10
-    make_image_grid([Image.fromarray(image) for image in pixels[: rows * 10]], rows, 10, resize=64).save(path)
+    from brisk import image_folder
+
+    rows = len(images) // 10
+    pictures = [Image.fromarray(values) for values in image_folder.quantise(images[: rows * 10])]
+    make_image_grid(pictures, rows, 10, resize=64).save(path)
 
 
 def main(argv=None):
@@ -244,18 +227,15 @@ def main(argv=None):
     import torch
     from tqdm import tqdm
 
-    from brisk import checkpoint, fpdm, handwriting, metrics, report, runlog, scorers
+    from brisk import builtin_protocol, demo_reports, fpdm, handwriting, metrics, runlog
 
     runlog.quiet_libraries()
-    try:
-        oracle = scorers.load_oracle(args.oracle)
-    except FileNotFoundError as error:
-        raise options.UserError(f"--oracle: {error}") from None
+    oracle = builtin_protocol.load_oracle(args.oracle)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folders = {"DiT": args.dit, "FPDM": args.fpdm}
     networks = {name: fpdm.load_transformer(folder).to(device) for name, folder in folders.items()}
     vae = fpdm.load_vae(args.dit, networks["DiT"].config).to(device)
-    held_out = handwriting.draw("test", 2000, seed=0, paper=handwriting.CLASS_PAPER)
+    held_out = builtin_protocol.real_images(handwriting.CLASS_PAPER)
     reference = oracle.features(held_out["images"])
     real = handwriting.draw("train", args.samples * args.seeds, seed=0, paper=handwriting.CLASS_PAPER)["images"]
     floor = metrics.frechet_distance(oracle.features(real), reference)
@@ -272,8 +252,9 @@ def main(argv=None):
     shown = {"held-out images": held_out["images"][first]}
     shown |= {f"{model}\n{steps} timestep{'s' * (steps > 1)}": images[:10] for (model, steps, budget), images in drawn.items()
               if budget == args.shown_budget}  # fmt: skip
-    title = f"brisk: DiT and FPDM on the built-in handwriting set; left, samples for the cost of {args.shown_budget} DiT steps"
-    draw_picture(output / "report.png", training, figures, shown, digits, floor, title)
+    title = "brisk: DiT and FPDM on the built-in handwriting set"
+    draw_picture(output / "report.png", training, figures, shown, digits, floor,
+                 f"{title}; left, samples for the cost of {args.shown_budget} DiT steps")  # fmt: skip
     best = {}  # at the largest budget
     for (model, steps, budget), images in drawn.items():
         name, distance = model.split(",")[0].lower(), figures[model][str(steps)]["frechet"]
@@ -282,12 +263,10 @@ def main(argv=None):
     for name, (_, images) in best.items():
         save_grid(output / f"samples_{name}.png", images)
     facts = {"samples_per_seed": args.samples, "seeds": args.seeds, "guidance_scale": args.guidance_scale,
-             "reference": f"2000 held-out scans in seven inks on {handwriting.CLASS_PAPER} paper", "models": folders,
+             "reference": f"{len(reference)} held-out scans in seven inks on {handwriting.CLASS_PAPER} paper", "models": folders,
              "training_images_frechet": floor, "environment": runlog.environment()}  # fmt: skip
-    checkpoint.write_atomically(output / "report.json",
-                                json.dumps({"training": training, "sampling": figures, **facts}, indent=1) + "\n")  # fmt: skip
-    report.write_page(output, "brisk: DiT and FPDM on the built-in handwriting set", [training, figures], facts, NOTES)
-    print(f"\n{report.text_table(training)}\n\n{report.text_table(figures)}\n\n{output}/report.png  report.html  report.json")
+    tables = {"training": training, "sampling": figures}
+    demo_reports.write(output, title, tables, tables, facts, NOTES)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ BLOCKS = {
 # plumbing that may build a method's network
 BUILDERS = {"tiny", "denoisers", "pipeline_denoisers", "text_denoisers", "denoiser_sources", "sd_models", "students", "fpdm",
             "fpdm_options", "fpdm_sampling", "predictor", "epd_scheduler", "epd_sampling", "epd_validation", "epd_rl",
-            "rewards"}  # fmt: skip
+            "rewards", "eval_checkpoints"}  # fmt: skip
 STAGES = [
     "1 options", "2 accelerator and seeds and log", "3 models (frozen, trainable)", "4 memory and precision",
     "5 EMA and optimizer", "6 data", "7 schedule and prepare", "8 state and resume", "9 manifest and dry run",

@@ -8,7 +8,7 @@ from conftest import ROOT, environment
 
 def test_demo_leaves_a_smaller_stock_pipeline_and_a_report_of_all_four_models(tmp_path):
     out = tmp_path / "demo"
-    small = {"DEMO_OUT": str(out), "DEMO_EVALUATE": "--samples 50 --seeds 1 --teacher_steps 3"}
+    small = {"DEMO_OUT": str(out), "DEMO_EVALUATE": "--samples 50 --seeds 1 --nfe 3 --latency_repeats 1"}
     done = subprocess.run(
         ["bash", str(ROOT / "scripts/demo_bksdm.sh"), "--max_train_steps", "3", "--log_every", "1"],
         cwd=tmp_path, env=environment(**small), capture_output=True, text=True,

@@ -44,18 +44,6 @@ def test_demo_leaves_predictors_and_a_report_of_equal_calls(tmp_path):
     assert predictor_files.load(out / "guided").model["guidance_rate"] == 2
 
 
-@pytest.mark.quick
-def test_captions_that_training_read_are_left_out(tmp_path):
-    captions = ROOT / "configs/epd/tiny_digits.txt"
-    left, seen = report_epd.held_out_captions(captions), set(captions.read_text().splitlines())
-    assert len(left) == 112 and len(seen) == 448 and not seen & set(left)
-    assert {text.split()[3] for text in left} == {text.split()[3] for text in seen}  # every digit on both sides
-    everything = tmp_path / "all.txt"
-    everything.write_text("\n".join([*seen, *left]))
-    with pytest.raises(report_epd.options.UserError, match="holds every caption"):
-        report_epd.held_out_captions(everything)
-
-
 def row(error, agreement=0.5, frechet=30.0, total=3, spread=0.1):
     return {"end_error": error, "agreement": agreement, "frechet": frechet, "total_calls": total, "calls": 3,
             "spread": {"end_error": spread, "agreement": 0.01, "frechet": 1.0}}  # fmt: skip

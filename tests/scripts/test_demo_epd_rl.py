@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from random_predictor import make_predictor
 
 from brisk import predictor_files
 
+sys.path.append(str(ROOT / "scripts"))  # the reports import each other as scripts do
 SPEC = importlib.util.spec_from_file_location("report_epd_rl", ROOT / "scripts/report_epd_rl.py")
 report_epd_rl = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(report_epd_rl)

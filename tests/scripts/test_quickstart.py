@@ -10,7 +10,7 @@ def test_quickstart_leaves_a_stock_pipeline_and_a_report(tmp_path):
     out = tmp_path / "quickstart"
     small = {
         "QUICKSTART_OUT": str(out),
-        "QUICKSTART_EVALUATE": "--samples 50 --seeds 1 --teacher_steps 4,1 --model_steps 4,1",
+        "QUICKSTART_EVALUATE": "--samples 50 --seeds 1 --nfe 4 1 --latency_repeats 1",
     }
     done = subprocess.run(
         ["bash", str(ROOT / "scripts/quickstart.sh"), "--max_train_steps", "3", "--log_every", "1"],

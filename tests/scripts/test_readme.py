@@ -93,7 +93,7 @@ def test_command_runs(line, workplace, models, shards):
         words[0] = sys.executable
     if "evaluate.py" in words:
         shutil.copytree(ROOT / "assets/tiny-teacher", workplace / "outputs/quickstart", dirs_exist_ok=True)
-        words += ["--samples", "50", "--seeds", "1", "--teacher_steps", "2", "--model_steps", "1"]
+        words += ["--samples", "50", "--seeds", "1", "--nfe", "2", "--latency_repeats", "1"]
     run(words, workplace)
 
 

@@ -5,7 +5,7 @@ import torch
 from tiny_rewards import PROMPTS, SIDE, load, make_images, scores, write_clip, write_image_reward, write_mps
 from transformers import CLIPModel
 
-from brisk import handwriting, rewards, scorers
+from brisk import builtin_protocol, handwriting, rewards, scorers
 from brisk.options import UserError
 
 pytestmark = pytest.mark.quick
@@ -68,7 +68,7 @@ def test_handwriting_is_how_surely_the_oracle_reads_the_caption():
     reward = rewards.load(rewards.RewardSettings(type="handwriting", batch_size=16))
     right = reward.score(images, drawn["captions"])
     assert reward.heads == ("handwriting",) and set(right) == {"handwriting", "handwriting_hit"}
-    oracle = scorers.load_oracle(rewards.ORACLE)
+    oracle = builtin_protocol.load_oracle()
     chances = [logits.softmax(1)[range(60), column] for logits, column in zip(oracle(drawn["images"]), columns, strict=True)]
     torch.testing.assert_close(right["handwriting"], (chances[0] * chances[1] * chances[2]) ** (1 / 3), rtol=1e-4, atol=1e-6)
     agreement = scorers.prompt_agreement(oracle, drawn["images"], *columns)["all"]
