@@ -156,10 +156,16 @@ def open_session(args, protocol, state):
     except OSError as error:
         raise options.UserError(f"--output_dir {output} cannot be made: {error.strerror}.") from None
     prompts = epd_options.read_prompts(None, args.prompt_file, "--prompt_file")
+    if protocol.samples is None and (args.model or args.teacher or args.watch):
+        if prompts is None:
+            raise options.UserError(f"--protocol {args.protocol} needs --samples, the number of images, or --prompt_file.")
+        protocol = protocol._replace(samples=len(prompts))
     weights = eval_measures.reward_settings(args.weights)
     instruments = eval_measures.load(protocol.metrics, protocol, weights, args.reference, args.batch_size, state)
     if args.save_reference and state.is_main_process:
         eval_measures.image_metrics.save_statistics(instruments.reference, args.save_reference)
+    if args.watch and not Path(args.watch).is_dir():
+        raise options.UserError(f"--watch {args.watch} is no folder.")
     settings = eval_run.Settings(args.batch_size, args.latency_repeats, args.dtype, args.compile, args.negative_prompt,
                                  args.pattern, args.shown, args.nfe is not None)  # fmt: skip
     return eval_run.Session(settings, protocol, instruments, prompts, state, output)
@@ -243,8 +249,6 @@ def watch(args, session, changed, found, target):
     from brisk import eval_run
 
     run, last, left_out = Path(args.watch), time.monotonic(), set()
-    if not run.is_dir():
-        raise options.UserError(f"--watch {run} is no folder.")
     found |= restore(session, record_of(args, session, changed))
     session.say(f"Watching {run} for checkpoints; Ctrl-C ends it, {session.output} is whole after each.")
     while True:
@@ -280,7 +284,11 @@ def main(argv=None):
     # the others wait while the first measures times
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=datetime.timedelta(days=1))
     session = open_session(args, protocol, state)
-    images = {entry.name: eval_run.open_images(entry, session) for entry in entries if entry.is_images}  # mistakes are said first
+    # mistakes are said before hours of work: every model is loaded for a moment
+    images = {entry.name: eval_run.open_images(entry, session) for entry in entries if entry.is_images}
+    models = [entry for entry in ([teacher] if teacher else []) + entries if not entry.is_images]
+    for entry in models if len(models) > 1 or args.watch else []:
+        eval_run.open_model(entry, session, "cpu", choose=False)
     found, target = {}, None
     if teacher:
         found[teacher.name] = eval_run.measure_model(teacher, session, is_target=True)

@@ -67,9 +67,9 @@ def _parts(folder, source, run, vae, model, unet=None, revision=None):
 
 
 def _few_steps(folder, run, prediction_type, vae, model):
-    """The pipeline of a SLAM checkpoint: `unet_target`, or the adapters (their average if there is one) in the teacher."""
+    """The pipeline of a SLAM checkpoint, as a run exports it: `unet`, or the adapters (their average if any) in the teacher."""
     has_adapters = (folder / "unet_lora").is_dir()
-    parts = _parts(folder, run.pretrained_teacher_model, run, vae, model, None if has_adapters else folder / "unet_target",
+    parts = _parts(folder, run.pretrained_teacher_model, run, vae, model, None if has_adapters else folder / "unet",
                    run.teacher_revision)  # fmt: skip
     if has_adapters:
         _add_adapters(parts.unet, folder / "unet_lora", run)

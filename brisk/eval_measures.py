@@ -140,6 +140,15 @@ def load(metrics, protocol, weights, reference, batch_size, state, progress=None
     return Instruments(oracle, extractor, statistics, load_heads(metrics, weights, protocol, batch_size, state.device))
 
 
+def check_count(metrics, instruments, count):
+    """UserError where a set of `count` images is too small for the `metrics`, before they are drawn or read."""
+    extractor = instruments.extractor
+    if extractor is not None and extractor.dimensions:
+        names = {"frechet" if name == "agreement" else name for name in metrics}  # both come of one reading
+        for name in [name for name in DISTANCES if name in names]:
+            image_metrics.check_count(name, count, extractor.dimensions)
+
+
 def row_of(images, metrics, instruments, protocol, prompts, labels, batch_size, state, progress=None):
     """(row of figures, with "spread"; what is beside it: counts and all statistics of the scores of images).
 

@@ -107,7 +107,7 @@ def best_scheduler(model, session, nfe, how):
     return max(scores, key=scores.get)
 
 
-def plans_of(entry, model, session):
+def plans_of(entry, model, session, choose):
     """The `eval_models.Plan`s at which an entry is measured; budgets that its scheduler cannot meet are said and left out."""
     protocol, settings, keys, plans = session.protocol, session.settings, entry.keys, []
     guidance = None if model.few_steps or model.kind == "epd" or model.takes is None else protocol.guidance_scale
@@ -119,17 +119,35 @@ def plans_of(entry, model, session):
         name = keys.get("scheduler", None if model.few_steps or model.kind != "pipeline" else protocol.scheduler)
         if name == "best":
             if session.instruments.oracle is None or protocol.conditions != "handwriting":
-                raise UserError(f"{entry.name}: scheduler=best is chosen by the oracle of --protocol builtin alone.")
-            name = best_scheduler(model, session, nfe, how) if nfe < BEST_BELOW else None
+                raise UserError("scheduler=best is chosen by the oracle of --protocol builtin alone.")
+            few = choose and nfe and nfe < BEST_BELOW
+            name = best_scheduler(model, session, nfe, how) if few else None
         try:
             plans.append(eval_models.plan(model, nfe, scheduler=name, **how))
         except UserError as error:
             if len(wanted) == 1:
                 raise
-            session.say(f"{entry.name}: left out: {error}")
+            if choose:
+                session.say(f"{entry.name}: left out: {error}")
     if not plans:
-        raise UserError(f"{entry.name} can be measured at none of --nfe {' '.join(map(str, wanted))}.")
+        raise UserError(f"it can be measured at none of --nfe {' '.join(map(str, wanted))}.")
     return plans
+
+
+def open_model(entry, session, device, choose=True):
+    """(`eval_models.Model`, `eval_drawing.Wanted`, its plans) of an entry. UserError that names it.
+
+    Args: `choose`: False to find mistakes alone: no scheduler is chosen by drawing with it.
+    """
+    protocol, dtype = session.protocol, sd_models.DTYPES[session.settings.dtype]
+    try:
+        model = eval_models.load(entry.source, device, dtype, vae=entry.keys.get("vae"), model=entry.keys.get("model"))
+        asked = eval_drawing.wanted(protocol, model.takes, model.classes, session.prompts)
+        eval_measures.check_count(protocol.metrics, session.instruments, protocol.samples if asked.labels else len(asked.seeds))
+        return model, asked, plans_of(entry, model, session, choose)
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(f"{entry.name}:") else f"{entry.name}: {text}") from None
 
 
 def measure_model(entry, session, target=None, is_target=False):
@@ -139,16 +157,9 @@ def measure_model(entry, session, target=None, is_target=False):
     calls.
     """
     settings, protocol = session.settings, session.protocol
-    try:
-        model = eval_models.load(entry.source, session.state.device, sd_models.DTYPES[settings.dtype], vae=entry.keys.get("vae"),
-                                 model=entry.keys.get("model"))  # fmt: skip
-        asked = eval_drawing.wanted(protocol, model.takes, model.classes, session.prompts)
-        if settings.compile:
-            model.network.compile()
-        plans = plans_of(entry, model, session)
-    except UserError as error:
-        text = str(error)
-        raise UserError(text if text.startswith(entry.name) else f"{entry.name}: {text}") from None
+    model, asked, plans = open_model(entry, session, session.state.device)
+    if settings.compile:
+        model.network.compile()
     facts = {"source": entry.source, "kind": model.kind, "weights": model.digest, "plans": {}}
     found = Found({}, {}, {}, facts, [str(condition) for condition in (asked.conditions or [])[: settings.shown]])
     for plan in sorted(plans, key=lambda plan: plan.nfe, reverse=True):
@@ -205,6 +216,7 @@ def open_images(entry, session):
     if prompts is not None and len(prompts) != len(images):
         raise UserError(f"{entry.name}: {len(images):,} images and {len(prompts):,} captions: image i, by the order of paths, "
                         "belongs to caption i, so there must be as many.")  # fmt: skip
+    eval_measures.check_count(protocol.metrics, session.instruments, len(images))
     return images
 
 

@@ -193,13 +193,21 @@ def _check(name, features, reference):
                         "both must come from one extractor.")  # fmt: skip
     if not features.isfinite().all():
         raise UserError(f"the metric {name}: the images have features that are not finite.", 1)
-    if name in FRECHET:
-        least, what = size + 1, f"the Frechet distance in {size:,} dimensions"
-    elif reference.features is None:
+    if name in ("kid", "pr") and reference.features is None:
         raise UserError(f"the metric {name} needs the features of the reference, {reference.source} holds mu and sigma alone; "
                         "give --reference FOLDER of the images (and --save_reference FILE to keep their features).")  # fmt: skip
+    check_count(name, len(features), size)
+    if reference.count is not None:
+        check_count(name, reference.count, size, f" in the reference {reference.source}")
+
+
+def check_count(name, count, dimensions, where=""):
+    """UserError where the figure `name` needs more than `count` images of so many features."""
+    if name in FRECHET:
+        least, what = dimensions + 1, f"the Frechet distance in {dimensions:,} dimensions"
+    elif name == "is":
+        least, what = 2 * SPLITS, f"the inception score over {SPLITS} splits"
     else:
         least, what = (2, "the kernel distance") if name == "kid" else (NEIGHBOURS + 1, "the pair of precision and recall")
-    for count, where in ((len(features), ""), (reference.count, f" in the reference {reference.source}")):
-        if count is not None and count < least:
-            raise UserError(f"{what} needs at least {least:,} images, there are {count:,}{where}; give more, or leave {name} out.")
+    if count < least:
+        raise UserError(f"{what} needs at least {least:,} images, there are {count:,}{where}; give more, or leave {name} out.")

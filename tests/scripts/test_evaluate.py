@@ -1,60 +1,301 @@
-"""evaluate.py on the built-in protocol: the report's form, its page, and bad input."""
+"""evaluate.py: reports of models, of finished images and of a run as it trains; one process or two; every mistake in a sentence."""
 
+import csv
 import json
 import re
+import shutil
+import subprocess
+import sys
 
+import numpy as np
 import pytest
-from conftest import ROOT
+import tiny_extractor
+import tiny_rewards
+from accelerate.state import PartialState
+from conftest import ROOT, environment, free_port
+from PIL import Image
 
 import evaluate
+from brisk import builtin_protocol, eval_run, image_metrics, protocols
 from brisk.options import UserError
 
-FIGURES = {"digit", "foreground", "background", "all", "frechet", "seconds_per_image", "network_calls"}
+TEACHER = ROOT / "assets/tiny-teacher"
+AGREEMENT = {"digit", "foreground", "background", "all"}
+COST = {"nfe", "total_nfe", "seconds_alone", "seconds_per_image", "parameters", "gmacs_per_image", "peak_memory_gib"}
+QUALITY = ("fid", "kid", "inception_score", "precision", "recall")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def alone():
+    """The processes of other tests' runs, and of these, are forgotten."""
+    PartialState._reset_state()
+    yield
+    PartialState._reset_state()
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
+    """(folder, figures) of a run of the built-in protocol."""
     folder = tmp_path_factory.mktemp("report")
-    evaluate.main(["--model", f"student={ROOT / 'assets/tiny-teacher'}", "--output_dir", str(folder), "--samples", "50",
-                   "--seeds", "2", "--teacher_steps", "20,2", "--model_steps", "2"])  # fmt: skip
+    evaluate.main(["--model", f"student={TEACHER},nfe=2,scheduler=ddim_trailing", "--output_dir", str(folder), "--samples", "50",
+                   "--seeds", "2", "--nfe", "20", "2", "--latency_repeats", "1"])  # fmt: skip
     return folder, json.loads((folder / "report.json").read_text())
 
 
-def test_report_has_a_measurement_per_model_and_step(report):
+def test_report_has_a_measurement_per_model_and_budget(report):
     _, figures = report
     assert list(figures["teacher"]) == ["20", "2"] and list(figures["student"]) == ["2"]
     for row in (*figures["teacher"].values(), *figures["student"].values()):
-        assert row.keys() >= FIGURES and row["spread"].keys() == {"digit", "foreground", "background", "all", "frechet"}
-        assert all(0 <= row[name] <= 1 for name in ("digit", "foreground", "background", "all"))
+        assert row.keys() >= {*AGREEMENT, "frechet", *COST} and row["spread"].keys() == {*AGREEMENT, "frechet"}
+        assert all(0 <= row[name] <= 1 for name in AGREEMENT)
         assert row["all"] <= min(row["digit"], row["foreground"], row["background"])
-    assert figures["seeds"] == 2 and figures["environment"]["packages"]["torch"]
+    assert figures["environment"]["packages"]["torch"] and figures["protocol"] == "builtin"
+    assert figures["record"]["samples"] == 50 and set(figures["record"]["changed_by_flags"]) == {"samples", "seeds", "nfe"}
 
 
-def test_guidance_costs_two_network_calls_a_step(report):
+def test_guidance_costs_two_rows_a_call(report):
     _, figures = report
-    assert figures["teacher"]["20"]["network_calls"] == 40 and figures["teacher"]["2"]["network_calls"] == 4
-    assert figures["student"]["2"]["network_calls"] == 2
+    teacher = figures["teacher"]
+    assert (teacher["20"]["nfe"], teacher["20"]["total_nfe"]) == (20, 40) and teacher["2"]["total_nfe"] == 4
+    assert teacher["20"]["gmacs_per_image"] == pytest.approx(10 * teacher["2"]["gmacs_per_image"])
 
 
-def test_teacher_at_20_steps_draws_what_is_asked(report):
+def test_teacher_at_20_calls_draws_what_is_asked_and_few_calls_get_the_best_scheduler(report):
     _, figures = report
-    assert figures["teacher"]["20"]["all"] > 0.9
+    assert figures["teacher"]["20"]["all"] > 0.9 and figures["teacher"]["20"]["scheduler"] == "DDIM"
+    plain = figures["models"]["teacher"]["plans"]["2"]["scheduler"]
+    assert plain != "DDIM" and figures["teacher"]["2"]["all"] >= figures["student"]["2"]["all"] - 0.05
 
 
-def test_page_needs_no_network(report):
-    folder, _ = report
+def test_images_from_the_same_noise_are_compared(report):
+    _, figures = report
+    assert "psnr_to_teacher" not in figures["teacher"]["20"] and 10 < figures["student"]["2"]["psnr_to_teacher"] < 40
+
+
+def test_page_needs_no_network_and_csv_has_every_row(report):
+    folder, figures = report
     page = (folder / "report.html").read_text()
     assert "data:image/png;base64," in page and not re.search(r"(src|href)=\"(https?:)?//", page)
     assert (folder / "report.png").stat().st_size > 10_000
+    rows = list(csv.DictReader((folder / "report.csv").open()))
+    assert [(row["model"], row["nfe"]) for row in rows] == [("teacher", "20"), ("teacher", "2"), ("student", "2")]
+    assert float(rows[2]["frechet"]) == figures["student"]["2"]["frechet"]
+
+
+def test_a_run_goes_on_with_the_images_that_are_there(report, tmp_path, monkeypatch):
+    folder, figures = report
+    shutil.copytree(folder / "images/student-nfe2", tmp_path / "images/student-nfe2")
+    files = sorted((tmp_path / "images").rglob("*.png"))
+    for path in files[60:]:
+        path.unlink()
+    kept = {path: path.stat().st_mtime_ns for path in files[:50]}
+    evaluate.main(["--teacher", "none", "--model", f"student={TEACHER},nfe=2,scheduler=ddim_trailing", "--samples", "50", "--seeds",
+                   "2", "--latency_repeats", "0", "--output_dir", str(tmp_path)])  # fmt: skip
+    again = json.loads((tmp_path / "report.json").read_text())["student"]["2"]
+    assert {name: again[name] for name in AGREEMENT} == {name: figures["student"]["2"][name] for name in AGREEMENT}
+    assert again["frechet"] == figures["student"]["2"]["frechet"] and "seconds_alone" not in again
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+
+
+def test_finished_images_have_the_figures_of_the_model_that_drew_them(report, tmp_path, capsys):
+    """Of one set, from a folder and from an .npz file; an unreadable image is counted and the others keep their captions."""
+    folder, _ = report
+    files = sorted((folder / "images/teacher-nfe20").rglob("*.png"))[:50]
+    captions = builtin_protocol.captions_of(builtin_protocol.wanted_labels(50, 0))
+    (tmp_path / "captions.txt").write_text("\n".join(captions))
+    np.savez(tmp_path / "images.npz", np.stack([np.asarray(Image.open(file)) for file in files]))
+    (tmp_path / "broken").mkdir()
+    for file in files:
+        shutil.copy(file, tmp_path / "broken")
+    (tmp_path / "broken" / files[3].name).write_bytes(files[3].read_bytes()[:200])
+    shutil.copytree(tmp_path / "broken", tmp_path / "whole")
+    shutil.copy(files[3], tmp_path / "whole")
+    evaluate.main(["--images", f"folder={tmp_path / 'whole'}", "--images", f"array={tmp_path / 'images.npz'}", "--images",
+                   f"broken={tmp_path / 'broken'}", "--prompt_file", str(tmp_path / "captions.txt"), "--metrics", "agreement",
+                   "--output_dir", str(tmp_path / "out")])  # fmt: skip
+    figures = json.loads((tmp_path / "out/report.json").read_text())
+    one, other, broken = (figures[name]["images"] for name in ("folder", "array", "broken"))
+    assert one == other and one["all"] > 0.9 and one["images"] == 50
+    assert (broken["images"], broken["unreadable"]) == (49, 1) and broken["digit"] == pytest.approx(one["digit"], abs=0.03)
+    assert f"unreadable: {files[3].name}" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """(folder, flags) of a small stand-in of a COCO protocol: captions, real images, a random Inception network."""
+    folder = tmp_path_factory.mktemp("coco")
+    tiny_extractor.write_inception(folder / "inception.pt", 6, 5)
+    captions = builtin_protocol.captions_of(builtin_protocol.wanted_labels(30, 5))
+    (folder / "captions.csv").write_text("file_name,text\n" + "\n".join(f"{n}.jpg,{text}" for n, text in enumerate(captions)))
+    (folder / "real").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        Image.fromarray(rng.integers(0, 256, (24, 40, 3), dtype=np.uint8)).save(folder / f"real/{number:02d}.png")
+    flags = ["--protocol", "coco2014_30k_bksdm", "--samples", "30", "--resolution", "32", "--resize", "16", "--nfe", "3",
+             "--prompt_file", folder / "captions.csv", "--metrics", "fid,kid,is,pr", "--latency_repeats", "0",
+             "--weights", f"inception={folder / 'inception.pt'}", "--model", f"sd={TEACHER}"]  # fmt: skip
+    return folder, [str(flag) for flag in flags]
+
+
+def run(flags, output, *more):
+    """evaluate.main in this process -> (row of the model sd, report)."""
+    evaluate.main([*flags, "--output_dir", str(output), *map(str, more)])
+    report = json.loads((output / "report.json").read_text())
+    return report["sd"]["3"], report
+
+
+def quality(row):
+    return {name: row[name] for name in QUALITY}
+
+
+@pytest.fixture(scope="module")
+def measured(coco, tmp_path_factory):
+    folder, flags = coco
+    output = tmp_path_factory.mktemp("one")
+    row, report = run(flags, output, "--reference", folder / "real", "--batch_size", 8, "--save_reference", folder / "real.npz")
+    return output, row, report
+
+
+def test_a_protocol_decides_everything_and_is_written_down(measured):
+    output, row, report = measured
+    files = sorted(output.rglob("*.jpg"))
+    assert len(files) == 30 and Image.open(files[0]).size == (32, 32)
+    assert row["scheduler"] == "pndm" and row["guidance_scale"] == 7.5 and row["images"] == 30
+    assert report["models"]["sd"]["plans"]["3"]["steps"] == 2  # PNDM makes one call more
+    record = report["record"]
+    assert record["jpeg"] == 75 and record["measured_at"] == 16 and record["resize_filter"] == "bicubic"
+    assert record["reference_images"] == 40 and record["reference_digest"] and record["extractor_weights"]
+    assert quality(row).keys() == set(QUALITY) and all(np.isfinite(list(quality(row).values())))
+
+
+def test_the_result_does_not_depend_on_the_number_of_processes(coco, measured, tmp_path):
+    folder, flags = coco
+    launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, str(ROOT / "evaluate.py"), *flags, "--output_dir", str(tmp_path), "--reference",
+               str(folder / "real"), "--batch_size", "8"]  # fmt: skip
+    ranks = [subprocess.Popen(command, env=environment(**launcher, RANK=str(rank), LOCAL_RANK=str(rank)), stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True) for rank in range(2)]  # fmt: skip
+    ends = [rank.communicate(timeout=240) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], ends
+    assert "report.html" in ends[0][0] and ends[1][0] == ""
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["record"]["processes"] == 2
+    assert report["sd"]["3"] == measured[1]  # to the last digit
+    one, other = (sorted(path.rglob("*.jpg")) for path in (measured[0], tmp_path))
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in other]
+
+
+def test_nor_on_the_batch_size_but_for_rounding(coco, measured, tmp_path):
+    folder, flags = coco
+    row, _ = run(flags, tmp_path, "--reference", folder / "real", "--batch_size", 30)
+    assert quality(row) == pytest.approx(quality(measured[1]), rel=1e-3, abs=1e-6)
+
+
+def test_kept_statistics_of_the_reference_give_the_same_figures(coco, measured, tmp_path):
+    folder, flags = coco
+    row, report = run(flags, tmp_path, "--reference", folder / "real.npz", "--batch_size", 8)
+    assert quality(row) == pytest.approx(quality(measured[1]), rel=1e-6)
+    assert report["record"]["reference_images"] == 40
+
+
+def test_statistics_alone_serve_fid(coco, measured, tmp_path):
+    folder, flags = coco
+    known = image_metrics.read_statistics(folder / "real.npz")
+    np.savez(tmp_path / "edm.npz", mu=known.mean, sigma=known.covariance)
+    row, _ = run(flags, tmp_path / "out", "--reference", tmp_path / "edm.npz", "--batch_size", 8, "--metrics", "fid")
+    assert row["fid"] == pytest.approx(measured[1]["fid"], rel=1e-6) and "kid" not in row
+    with pytest.raises(UserError, match="--save_reference"):
+        run(flags, tmp_path / "out", "--reference", tmp_path / "edm.npz", "--metrics", "kid")
+
+
+def test_rewards_have_all_their_statistics(coco, measured, tmp_path, monkeypatch):
+    tiny_rewards.write_clip(tmp_path / "clip")
+    (tmp_path / "mine.py").write_text("def red(images, prompts):\n    return images[:, 0].mean((1, 2))\n")
+    monkeypatch.chdir(tmp_path)
+    row, report = run(coco[1], tmp_path / "out", "--metrics", "clip,mine:red", "--weights", f"clip={tmp_path / 'clip'}")
+    scores = report["scores"]["sd"]["3"]
+    assert scores.keys() == {"clip", "mine:red"} and scores["clip"].keys() == {"count", "mean", "std", "min", "max"}
+    assert scores["clip"]["count"] == 30 and -1 <= scores["clip"]["min"] <= row["clip"] <= scores["clip"]["max"] <= 1
+    assert row["spread"]["clip"] == pytest.approx(scores["clip"]["std"] / 30**0.5)
+    assert 0 < row["mine:red"] < 1 and report["record"]["reward_weights"] == [coco[1][-3], f"clip={tmp_path / 'clip'}"]
+
+
+def test_budgets_that_a_scheduler_cannot_meet_are_left_out(tmp_path, capsys):
+    evaluate.main(["--teacher", f"{TEACHER},scheduler=pndm,nfe=4/2", "--samples", "50", "--seeds", "1", "--latency_repeats", "0",
+                   "--output_dir", str(tmp_path)])  # fmt: skip
+    assert "left out: PNDMScheduler cannot make exactly 2 network calls" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "report.json").read_text())["teacher"]) == ["4"]
+
+
+def test_watch_takes_every_finished_checkpoint_once(run_main, coco, tmp_path, monkeypatch, capsys):
+    training = run_main("--checkpointing_steps=1", output=tmp_path / "run")
+    (training.output / "checkpoint-3").mkdir()  # not finished
+    flags = [*coco[1][:-2], "--metrics", "fid", "--reference", str(coco[0] / "real"), "--watch", str(training.output),
+             "--watch_timeout", "0", "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    evaluate.main(flags)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    rows = [report[f"checkpoint-{step}"]["3"] for step in (1, 2)]
+    assert "checkpoint-3" not in report and rows[0]["fid"] != rows[1]["fid"] and rows[0]["scheduler"] == "LCM"
+    (training.output / "checkpoint-2").rename(training.output / "checkpoint-4")
+
+    measured = []
+    measure = eval_run.measure_model
+    monkeypatch.setattr(eval_run, "measure_model", lambda entry, *rest: measured.append(entry.name) or measure(entry, *rest))
+    evaluate.main(flags)
+    after = json.loads((tmp_path / "out/report.json").read_text())
+    assert measured == ["checkpoint-4"] and after["checkpoint-4"]["3"]["fid"] == rows[1]["fid"]
+    assert after["checkpoint-1"] == report["checkpoint-1"]
+    assert "checkpoint-1" in capsys.readouterr().out
+
+
+def test_protocols_are_listed(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(["--list_protocols"])
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in protocols.PROTOCOLS)
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--model", "x=nowhere"], "x: 'nowhere' is not a pipeline folder"),
-    (["--model", "x"], "x: '' is not a pipeline folder"),
-    (["--teacher_steps", "4,zero"], "--teacher_steps is '4,zero'"),
-    (["--oracle", "nowhere"], "--oracle: nowhere holds no oracle"),
-    (["--samples", "3"], "out of range"),
+    (["--model", "x=nowhere"], "x: 'nowhere' is neither a file nor a folder"),
+    (["--model", "x="], "names no source"),
+    (["--model", f"x={TEACHER},steps=3"], "'steps=3' is not KEY=VALUE with KEY one of nfe"),
+    (["--model", f"x={TEACHER},nfe=0"], "nfe is '0'; it must be a list of positive numbers"),
+    (["--model", f"x={TEACHER},resolution=big"], "resolution cannot be big"),
+    (["--model", f"x={TEACHER}", "--images", "x=images"], "two models are called x"),
+    (["--model", f"record={TEACHER}"], "the report uses this name"),
+    (["--model", f"x={ROOT / 'docs'}"], "x: "),
+    (["--teacher", "none"], "nothing to measure"),
+    (["--nfe", "4", "zero"], "--nfe is '4,zero'"),
+    (["--protocol", "coco"], "--protocol coco is none of"),
+    (["--metrics", "fed"], "'fed' is none of"),
+    (["--metrics", "fid"], "is called frechet"),
+    (["--protocol", "coco2017_5k"], "nothing to measure"),
+    (["--protocol", "coco2017_5k", "--model", f"x={TEACHER}"], "--weights inception="),
+    (["--protocol", "coco2017_5k", "--model", f"x={TEACHER}", "--metrics", "none"], "x: takes captions: give --prompt_file"),
+    (["--protocol", "custom", "--model", f"x={TEACHER}"], "needs --samples"),
+    (["--protocol", "coco2017_5k", "--model", f"x={TEACHER}", "--metrics", "none", "--prompt_file", "PROMPTS"],
+     "needs 5,000 captions, --prompt_file has 1; give --samples 1"),
+    (["--weights", "clip"], "is not of the form HEAD=FILE"),
+    (["--weights", "clip.size=3"], "clip has no size, only model"),
+    (["--metrics", "aesthetic"], "--weights aesthetic.predictor_path is not given"),
+    (["--metrics", "hps", "--weights", "hps=nowhere.pt"], "--weights hps"),
+    (["--metrics", "agreement", "--protocol", "custom", "--model", f"x={TEACHER}", "--samples", "9"], "needs the built-in handwriting set"),
+    (["--images", "EMPTY"], "holds no images"),
+    (["--images", "MIXED"], "give --resize N"),
+    (["--images", "MIXED", "--resize", "32"], "needs at least 49"),
+    (["--images", "MIXED", "--resize", "32", "--prompt_file", "PROMPTS"], "2 images and 1 captions"),
+    (["--watch", "nowhere"], "--watch nowhere is no folder"),
+    (["--watch", "EMPTY", "--watch_timeout", "0"], "no finished checkpoint came"),
+    (["--samples", "30"], "needs at least 49"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(flags, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        evaluate.main(["--output_dir", str(tmp_path), *flags])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mixed").mkdir()
+    for side in (8, 16):
+        Image.new("RGB", (side, side)).save(tmp_path / f"mixed/{side}.png")
+    (tmp_path / "prompts.txt").write_text("a red handwritten seven on a yellow background\n")
+    places = {"EMPTY": "empty", "MIXED": "mixed", "PROMPTS": "prompts.txt"}
+    flags = [str(tmp_path / places[flag]) if flag in places else flag for flag in flags]
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        evaluate.main(["--output_dir", str(tmp_path / "out"), "--latency_repeats", "0", *flags])
+    assert "\n" not in str(caught.value) and "reward." not in str(caught.value)
