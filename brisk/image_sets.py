@@ -56,14 +56,18 @@ class ImageSet:
         Block b is read by process b % `world`; names of images that cannot be decoded go to `unreadable` of that process.
         UserError where none of all can be decoded.
         """
-        for first in range(rank * batch_size, len(self), world * batch_size):
-            numbers = list(range(first, min(first + batch_size, len(self))))
-            images = self._read_block(numbers)
-            bad = [self.names[n] for n, image in zip(numbers, images, strict=True) if image is None]
-            self.unreadable += [name for name in bad if name not in self.unreadable]
-            if len(bad) < len(numbers):
-                kept = [(n, image) for n, image in zip(numbers, images, strict=True) if image is not None]
-                yield [n for n, _ in kept], np.stack([image for _, image in kept])
+        starts = range(rank * batch_size, len(self), world * batch_size)
+        blocks = [list(range(first, min(first + batch_size, len(self)))) for first in starts]
+        with ThreadPoolExecutor(1) as ahead:  # the next block is decoded while this one is used
+            coming = [ahead.submit(self._read_block, numbers) for numbers in blocks[:1]]
+            for place, numbers in enumerate(blocks):
+                images = coming.pop().result()
+                coming += [ahead.submit(self._read_block, following) for following in blocks[place + 1 : place + 2]]
+                bad = [self.names[n] for n, image in zip(numbers, images, strict=True) if image is None]
+                self.unreadable += [name for name in bad if name not in self.unreadable]
+                if len(bad) < len(numbers):
+                    kept = [(n, image) for n, image in zip(numbers, images, strict=True) if image is not None]
+                    yield [n for n, _ in kept], np.stack([image for _, image in kept])
         if len(self.unreadable) == len(self):
             raise UserError(f"none of the {len(self):,} images of {self.source} can be decoded.")
 
