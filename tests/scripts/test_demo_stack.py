@@ -1,6 +1,7 @@
 """scripts/demo_stack.sh from beginning to end, with few steps and few samples."""
 
 import json
+import re
 import subprocess
 
 from conftest import ROOT, environment
@@ -17,10 +18,12 @@ def test_demo_leaves_the_parts_the_stacks_and_a_report_of_all(tmp_path):
         cwd=tmp_path, env=environment(**small), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert re.findall(r"^== (\d/\d)", done.stdout, re.MULTILINE) == ["1/5", "2/5", "3/5", "4/5", "5/5"]
     report = json.loads((out / "report.json").read_text())
     rows = {name: report[name] for name in MODELS}
     assert {name: set(row) for name, row in rows.items()} == {
-        "teacher": {"25", "4"}, "bksdm": {"25", "4"}, "slam": {"4"}, "epd": {"5"}, "bksdm+slam": {"4"}, "bksdm+epd": {"5"},
+        "teacher": {"25", "4", "2", "1"}, "bksdm": {"25", "4", "2", "1"}, "slam": {"4", "2", "1"}, "epd": {"5"},
+        "bksdm+slam": {"4", "2", "1"}, "bksdm+epd": {"5"},
     }  # fmt: skip
     last = {name: row["5" if "epd" in name else "4"] for name, row in rows.items()}
     sizes = {name: row["parameters"] for name, row in last.items()}
