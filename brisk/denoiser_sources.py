@@ -147,7 +147,8 @@ def _bare_pipeline(folder, family, dtype):
         place = fpdm.find_transformer(folder)
         class_name = json.loads((place / "config.json").read_text()).get("_class_name")
     except (UserError, ValueError):
-        raise UserError(f"{FLAG} {folder} holds neither a model_index.json nor a network's config.json.") from None
+        said = f"{FLAG} {folder} holds neither a model_index.json nor a network's config.json"
+        raise UserError(f"{said}{sd_models.remedy(folder)}.") from None
     if class_name == "UNet2DModel" and family in ("adm", "cm"):
         network = sd_models.load_network(diffusers.UNet2DModel, str(place), None, dtype=dtype)
         if family == "cm":

@@ -34,6 +34,11 @@ class Parts(NamedTuple):
     extras: dict  # feature_extractor, safety_checker, image_encoder where the pipeline has them
 
 
+def remedy(folder):
+    """The end of a message about a folder that is no pipeline: what to do where it is a student's."""
+    return "; train the student with --save_pipeline" if (Path(folder) / "bksdm_report.json").is_file() else ""
+
+
 def pipeline_index(source, options, flag):
     """The content of model_index.json of a pipeline folder or hub id; `flag`: what errors call `source`. UserError."""
     from diffusers import DiffusionPipeline
@@ -45,7 +50,7 @@ def pipeline_index(source, options, flag):
     ):
         raise UserError(f"{flag} {source} is no such folder.")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise UserError(f"{flag} {source} is a folder without model_index.json.")
+        raise UserError(f"{flag} {source} is a folder without model_index.json{remedy(folder)}.")
     try:
         return DiffusionPipeline.load_config(source, **options)
     except (OSError, ValueError) as error:

@@ -102,6 +102,8 @@ def test_contradictions_and_wrong_places_are_one_sentence(saved, tmp_path):
     refused(ModelOptions(source=str(tmp_path / "none")), "is no such folder")
     refused(ModelOptions(source="owner/none"), "neither a pipeline folder nor a hub model that can be reached")
     refused(ModelOptions(source=str(tmp_path)), "holds neither a model_index.json nor a network's config.json")
+    (tmp_path / "bksdm_report.json").write_text("{}")
+    refused(ModelOptions(source=str(tmp_path)), "network's config.json; train the student with --save_pipeline")
     refused(ModelOptions(backend="edm", source=str(tmp_path)), "holds no EDM network")
     refused(ModelOptions(backend="edm", source=str(tmp_path / "x.pkl")), "is neither the .pkl of an EDM network nor a folder")
     broken = shutil.copytree(saved / "sd1", tmp_path / "sd1")

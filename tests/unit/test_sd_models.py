@@ -102,8 +102,14 @@ def other_channels(folder):
     tiny.make_unet("tiny", in_channels=9).save_pretrained(folder / "unet")
 
 
+def student_alone(folder):
+    no_index(folder)
+    (folder / "bksdm_report.json").write_text("{}")
+
+
 BROKEN = {
     "no index": (no_index, "without model_index.json"), "broken index": (broken_index, "neither a pipeline folder"),
+    "student alone": (student_alone, "train the student with --save_pipeline"),
     "another pipeline": (lambda f: edit(f / "model_index.json", _class_name="FluxPipeline"), "FluxPipeline"),
     "no class": (lambda f: edit(f / "model_index.json", _class_name=""), "nameless"),
     "another network": (other_unet, "not a UNet2DConditionModel"), "VAE for U-Net": (vae_as_unet, "AutoencoderKL"),
