@@ -32,10 +32,11 @@ def parse_args(argv=None):
         "brisk, with the best of five schedulers at few calls; none: none")  # fmt: skip
     add("--images", action="append", default=[], metavar="[NAME=]FOLDER|FILE.npz", help="finished images")
     add("--pattern", help="which files in a folder of images, as **/*.png")
-    add("--watch", metavar="RUN", help="measure every finished checkpoint of a training run once, as they come")
+    add("--watch", metavar="RUN[,KEY=VALUE]", help="measure every finished checkpoint of a training run once, as they come")
     add("--watch_interval", type=options.POSITIVE, default=30, help="seconds between two looks at it")
     add("--watch_timeout", type=options.NOT_NEGATIVE, help="stop after so many seconds without a new one; default never")
-    add = parser.add_argument_group("how").add_argument
+    how = parser.add_argument_group("how")
+    add = how.add_argument
     add("--protocol", default="builtin", help=f"preset of all that decides a figure: {', '.join(protocols.PROTOCOLS)}")
     add("--list_protocols", action=Listing, nargs=0, default=argparse.SUPPRESS, help="print the protocols and stop")
     add("--metrics", help=f"what to report: {', '.join(protocols.METRICS)}, module:function; default: the protocol's; none")
@@ -52,7 +53,7 @@ def parse_args(argv=None):
     add("--reference", help="real images (folder or npz), or an npz of their statistics mu and sigma")
     add("--save_reference", metavar="FILE.npz", help="keep the reference's statistics and features for other runs")
     add("--extractor", choices=("inception", "torchscript"), help="whose features distances are in")
-    options.add_flag(parser, "--clean_resize", "resize to the extractor's 299 px by Pillow, as clean-fid does", None)
+    options.add_flag(how, "--clean_resize", "resize to the extractor's 299 px by Pillow, as clean-fid does", None)
     add("--weights", action="append", default=[], metavar="HEAD=FILE",
         help="weights of inception, torchscript, or of a reward (hps, pickscore, imagereward, clip, aesthetic, mps)")
     group = parser.add_argument_group("cost and speed")
@@ -110,7 +111,7 @@ def read_entry(text, flag, name=None):
         try:
             keys[key] = read_nfe([value], f"{flag} '{text}': nfe", "/") if key == "nfe" else KEYS[key](value)
         except (ValueError, argparse.ArgumentTypeError):
-            raise options.UserError(f"{flag} '{text}': {key} cannot be {value}.") from None
+            raise options.UserError(f"{flag} '{text}': {key} cannot have the value {value}.") from None
     if not source:
         raise options.UserError(f"{flag} '{text}' names no source: write [NAME=]SOURCE.")
     return eval_run.Entry(given or name or default_name(source), source, keys, flag == "--images")
@@ -119,12 +120,14 @@ def read_entry(text, flag, name=None):
 def default_name(source):
     """The name of a source that was given none: its last part, of a checkpoint with the run's."""
     path = Path(source)
-    return f"{path.absolute().parent.name}/{path.name}" if re.fullmatch(r"checkpoint-\d+", path.name) else path.stem or source
+    if re.fullmatch(r"checkpoint-\d+", path.name):
+        return f"{path.absolute().parent.name}/{path.name}"
+    return (path.stem if path.is_file() else path.name) or source
 
 
 def read_entries(args):
     """(the teacher's `Entry` or None, [other entries]). UserError for bad names and for sources that are not there."""
-    from brisk import report
+    from brisk import eval_run, report
 
     teacher = args.teacher or (str(TEACHER) if args.protocol == "builtin" and not args.images and not args.watch else "none")
     teacher = None if teacher == "none" else read_entry(teacher, "--teacher", "teacher")
@@ -132,13 +135,17 @@ def read_entries(args):
         teacher.keys.setdefault("scheduler", "best")
     entries = [read_entry(text, "--model") for text in args.model] + [read_entry(text, "--images") for text in args.images]
     names = [entry.name for entry in ([teacher] if teacher else []) + entries]
+    folders = [eval_run.slug(name) for name in names]
     for name in names:
-        if names.count(name) > 1:
+        if folders.count(eval_run.slug(name)) > 1:
             raise options.UserError(f"two models are called {name}: give them names, as in --model NAME=SOURCE.")
         if name in report.RESERVED:
             raise options.UserError(f"--model {name}: the report uses this name for something else; give another.")
     if not names and not args.watch:
         raise options.UserError("nothing to measure: give --model, --images, --teacher or --watch.")
+    watched = [read_entry(args.watch, "--watch")] if args.watch else []
+    if watched and not Path(watched[0].source).is_dir():
+        raise options.UserError(f"--watch {watched[0].source} is no folder.")
     for entry in [*([teacher] if teacher else []), *entries]:
         is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", entry.source) and not entry.is_images
         if not Path(entry.source).exists() and not (is_hub_id and entry.source.count("/") == 1):
@@ -164,10 +171,8 @@ def open_session(args, protocol, state):
     instruments = eval_measures.load(protocol.metrics, protocol, weights, args.reference, args.batch_size, state)
     if args.save_reference and state.is_main_process:
         eval_measures.image_metrics.save_statistics(instruments.reference, args.save_reference)
-    if args.watch and not Path(args.watch).is_dir():
-        raise options.UserError(f"--watch {args.watch} is no folder.")
-    settings = eval_run.Settings(args.batch_size, args.latency_repeats, args.dtype, args.compile, args.negative_prompt,
-                                 args.pattern, args.shown, args.nfe is not None)  # fmt: skip
+    settings = eval_run.Settings(args.batch_size, args.latency_repeats, args.dtype, args.allow_tf32, args.compile,
+                                 args.negative_prompt, args.pattern, args.shown, args.nfe is not None)  # fmt: skip
     return eval_run.Session(settings, protocol, instruments, prompts, state, output)
 
 
@@ -179,7 +184,8 @@ def record_of(args, session, changed):
     record = {**protocol._asdict(), "changed_by_flags": changed, "class_balance": conditions.get(protocol.conditions),
               "extractor_weights": extractor and extractor.digest, "reference_used": reference and reference.source,
               "reference_images": reference and reference.count, "reference_digest": reference and reference.digest,
-              "reward_weights": args.weights, "prompt_file": args.prompt_file, "dtype": args.dtype, "batch_size": args.batch_size,
+              "weights": args.weights, "prompt_file": args.prompt_file, "pattern": args.pattern, "watched": args.watch,
+              "dtype": args.dtype, "allow_tf32": args.allow_tf32, "compile": args.compile, "batch_size": args.batch_size,
               "latency_repeats": args.latency_repeats, "processes": session.state.num_processes}  # fmt: skip
     return {"protocol": args.protocol, "record": record}
 
@@ -226,64 +232,77 @@ def finished(run, known):
     return sorted(folders, key=checkpoint.step_of)
 
 
-def restore(session, record):
-    """{name: `eval_run.Found`} of an earlier watch in the same folder with the same record; {} if there is none."""
+def restore(session, run, record):
+    """{name: `eval_run.Found`} of the checkpoints that an earlier watch of `run` measured under the same record; {} if none."""
     from PIL import Image
 
-    from brisk import eval_run, image_folder
+    from brisk import checkpoint, eval_run, image_folder
 
     before, found = image_folder.read_json(session.output / "report.json"), {}
-    if before.get("record") != json.loads(json.dumps(record["record"])):
+    now = json.loads(json.dumps(record["record"]))
+    if {**before.get("record", {}), "processes": None} != {**now, "processes": None}:
         return found
     for name, facts in before.get("models", {}).items():
+        if checkpoint.step_of(name) is None or Path(facts["source"]).parent != run:
+            continue
         files = {nfe: sorted(eval_run.folder_of(name, nfe, session).glob("[0-9]*/[0-9]*.*")) for nfe in before[name]}
         pictures = {nfe: [Image.open(file) for file in own[: session.settings.shown]] for nfe, own in files.items()}
         found[name] = eval_run.Found(before[name], before.get("scores", {}).get(name, {}), pictures, facts, before["captions"])
     return found
 
 
+def measure_checkpoint(entry, session, target):
+    """(`eval_run.Found` or None, why not): all processes agree, also where one finds the checkpoint gone meanwhile."""
+    from accelerate.utils import gather_object
+
+    from brisk import checkpoint, eval_run
+
+    problem = None
+    try:
+        eval_run.open_model(entry, session, "cpu", choose=False)
+    except Exception as error:  # of a file that was pruned while it was read, the libraries raise their own
+        if not isinstance(error, options.UserError) and checkpoint.damage(entry.source) is None:
+            raise
+        problem = str(error)
+    problems = [one for one in gather_object([problem]) if one]
+    return (None, problems[0]) if problems else (eval_run.measure_model(entry, session, target), None)
+
+
 def watch(args, session, changed, found, target):
     """Measure every finished checkpoint of --watch once, the report anew after each, until none has come for --watch_timeout."""
     from accelerate.utils import broadcast_object_list
 
-    from brisk import eval_run
-
-    run, last, left_out = Path(args.watch), time.monotonic(), set()
-    found |= restore(session, record_of(args, session, changed))
-    session.say(f"Watching {run} for checkpoints; Ctrl-C ends it, {session.output} is whole after each.")
+    wanted, last, left_out = read_entry(args.watch, "--watch"), time.monotonic(), {}
+    found = restore(session, Path(wanted.source), record_of(args, session, changed)) | found
+    if found and session.state.is_main_process:
+        print(f"\n{write(args, session, changed, found)}\n", flush=True)
+    session.say(f"Watching {wanted.source} for checkpoints; Ctrl-C ends it, {session.output} is whole after each.")
     while True:
-        news = [finished(run, {*found, *left_out})]
-        broadcast_object_list(news)
-        for folder in news[0]:
-            try:
-                found[folder.name] = eval_run.measure_model(eval_run.Entry(folder.name, str(folder), {}), session, target)
-            except options.UserError as error:  # it may have been pruned meanwhile
-                session.say(f"Left out: {error}")
-                left_out.add(folder.name)
+        late = args.watch_timeout is not None and time.monotonic() - last >= args.watch_timeout
+        news = [finished(wanted.source, {*found, *left_out}), late]
+        folders, late = broadcast_object_list(news)  # the main process decides
+        for folder in folders:
+            one, problem = measure_checkpoint(wanted._replace(name=folder.name, source=str(folder)), session, target)
+            if one is None:
+                session.say(f"Left out: {problem}")
+                left_out[folder.name] = problem
                 continue
-            last = time.monotonic()
+            found[folder.name], last = one, time.monotonic()
             if session.state.is_main_process:
                 print(f"\n{write(args, session, changed, found)}\n", flush=True)
-        if args.watch_timeout is not None and time.monotonic() - last >= args.watch_timeout:
+        if late and not folders:
             if not found:
-                raise options.UserError(f"--watch {run}: no finished checkpoint came within {args.watch_timeout:g} s.")
+                reason = next(iter(left_out.values()), f"no finished checkpoint came within {args.watch_timeout:g} s")
+                raise options.UserError(f"--watch {wanted.source}: nothing was measured: {reason}")
             return
-        time.sleep(args.watch_interval if args.watch_timeout is None else min(args.watch_interval, args.watch_timeout))
+        if not folders:
+            time.sleep(args.watch_interval if args.watch_timeout is None else min(args.watch_interval, args.watch_timeout))
 
 
-def main(argv=None):
-    args, protocol, changed = parse_args(argv)
-    teacher, entries = read_entries(args)
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
+def measure_all(args, session, changed, teacher, entries):
+    """Every entry in turn, then the checkpoints of --watch; the report."""
+    from brisk import eval_run
 
-    from brisk import eval_run, runlog
-
-    runlog.quiet_libraries()
-    runlog.allow_fast_maths(args.allow_tf32)
-    # the others wait while the first measures times
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=datetime.timedelta(days=1))
-    session = open_session(args, protocol, state)
     # mistakes are said before hours of work: every model is loaded for a moment
     images = {entry.name: eval_run.open_images(entry, session) for entry in entries if entry.is_images}
     models = [entry for entry in ([teacher] if teacher else []) + entries if not entry.is_images]
@@ -292,7 +311,7 @@ def main(argv=None):
     found, target = {}, None
     if teacher:
         found[teacher.name] = eval_run.measure_model(teacher, session, is_target=True)
-        target = found[teacher.name].files
+        target = found[teacher.name].target
     for entry in entries:
         if entry.is_images:
             found[entry.name] = eval_run.measure_images(entry, images[entry.name], session)
@@ -300,8 +319,29 @@ def main(argv=None):
             found[entry.name] = eval_run.measure_model(entry, session, target)
     if args.watch:
         watch(args, session, changed, found, target)
-    elif state.is_main_process:
+    elif session.state.is_main_process:
         print(f"\n{write(args, session, changed, found)}\n\n{session.output}/report.html  report.png  report.json  report.csv")
+
+
+def main(argv=None):
+    args, protocol, changed = parse_args(argv)
+    teacher, entries = read_entries(args)
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    from brisk import runlog
+
+    runlog.quiet_libraries()
+    runlog.allow_fast_maths(args.allow_tf32)
+    # the others wait while the first measures times
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=datetime.timedelta(days=1))
+    session = open_session(args, protocol, state)
+    try:
+        measure_all(args, session, changed, teacher, entries)
+    except torch.OutOfMemoryError:
+        raise options.UserError(f"the device ran out of memory at --batch_size {args.batch_size}: give a smaller one; images that "
+                                "were drawn are kept.", 1) from None  # fmt: skip
     state.wait_for_everyone()
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from brisk.options import UserError
 
-IMAGES_PER_SEED = 200
-SEEDS = 3
 REFERENCE_IMAGES = 2000
 SHOWN = ((7, 2, 5), (3, 1, 0), (0, 4, 1), (5, 5, 4), (8, 7, 3), (2, 6, 7), (9, 3, 6), (4, 0, 2))  # captions of the pictures
 CAPTIONS = 560  # ten digits in the ordered pairs of eight colours

@@ -60,25 +60,32 @@ def files_of(folder, protocol, seeds):
     return [image_folder.picture_file(folder, seed).with_suffix(suffix) for seed in seeds]
 
 
-def prepare(folder, settings, conditions, state):
-    """Make `folder` ready for images of these `settings` and `conditions`; images of others in it are removed.
+def prepare(folder, settings, asked, state):
+    """Make `folder` ready for the images of `asked` (`Wanted`), made with these `settings`.
 
-    Args: `state`: an accelerate PartialState. Returns whether images were removed.
+    Images made with others are removed, and images of a seed that was drawn for another condition.
+    Args: `state`: an accelerate PartialState. Returns whether images were removed, on the main process.
     """
-    digest = hashlib.sha256(json.dumps(conditions).encode()).hexdigest()[:16]
-    settings = json.loads(json.dumps({**settings, "conditions": digest}))
-    stale = False
+    settings, stale = json.loads(json.dumps(settings)), []
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        before = image_folder.read_json(folder / RECORD).get("settings")
-        there = [*folder.glob("[0-9]*/[0-9]*.png"), *folder.glob("[0-9]*/[0-9]*.jpg")]
-        stale = bool(there) and before != settings
-        if stale:
-            for path in there:
+        before = image_folder.read_json(folder / RECORD)
+        drawn_for = before.get("drawn_for", {}) if before.get("settings") == settings else {}
+        conditions = asked.conditions or [None] * len(asked.seeds)
+        now = {str(seed): _digest(condition) for seed, condition in zip(asked.seeds, conditions, strict=True)}
+        for path in (*folder.glob("[0-9]*/[0-9]*.png"), *folder.glob("[0-9]*/[0-9]*.jpg")):
+            seed = str(int(path.stem))
+            if seed not in drawn_for or now.get(seed, drawn_for[seed]) != drawn_for[seed]:
+                stale.append(path)
                 path.unlink()
-        write_atomically(folder / RECORD, json.dumps({"settings": settings}, indent=1) + "\n")
+        record = {"settings": settings, "drawn_for": drawn_for | now}
+        write_atomically(folder / RECORD, json.dumps(record, allow_nan=False) + "\n")
     state.wait_for_everyone()
-    return stale
+    return bool(stale)
+
+
+def _digest(condition):
+    return hashlib.sha256(json.dumps(condition).encode()).hexdigest()[:12]
 
 
 def draw(plan, asked, files, batch_size, state, jpeg=None, progress=None):

@@ -137,60 +137,72 @@ def load(metrics, protocol, weights, reference, batch_size, state, progress=None
         extractor = feature_extractors.load(protocol.extractor, file, state.device, clean=protocol.clean)
     if set(wants_features) - {"is"}:
         statistics = load_reference(reference, extractor, protocol, batch_size, state, progress)
+        for name in set(wants_features) & set(DISTANCES) - {"is"}:
+            image_metrics.check_reference(name, statistics, extractor.dimensions or len(statistics.mean))
     return Instruments(oracle, extractor, statistics, load_heads(metrics, weights, protocol, batch_size, state.device))
 
 
 def check_count(metrics, instruments, count):
     """UserError where a set of `count` images is too small for the `metrics`, before they are drawn or read."""
-    extractor = instruments.extractor
-    if extractor is not None and extractor.dimensions:
+    extractor, reference = instruments.extractor, instruments.reference
+    if extractor is not None:
         names = {"frechet" if name == "agreement" else name for name in metrics}  # both come of one reading
+        size = extractor.dimensions or (0 if reference is None else len(reference.mean))
         for name in [name for name in DISTANCES if name in names]:
-            image_metrics.check_count(name, count, extractor.dimensions)
+            image_metrics.check_count(name, count, size)
+
+
+def check_prompts(metrics, has_prompts):
+    """UserError where rewards of `metrics` judge images by captions that there are not."""
+    needing = [name for name in metrics if name in rewards.MIXED + ("mps",) and name != "aesthetic"]
+    if needing and not has_prompts:
+        raise UserError(f"there are no captions, which --metrics {','.join(needing)} needs.")
 
 
 def row_of(images, metrics, instruments, protocol, prompts, labels, batch_size, state, progress=None):
-    """(row of figures, with "spread"; what is beside it: counts and all statistics of the scores of images).
+    """(row of figures, with "spread"; {score: all its statistics}; names of the unreadable images).
 
+    Features and scores are the same in every process; figures are computed by the main one alone.
     Args: `images`: an `image_sets.ImageSet`; `prompts`: one per image, or None; `labels`: as `eval_drawing.Wanted` has them,
     or None.
     """
-    heads, extractor = instruments.heads, instruments.extractor
-    wants_classes = "is" in metrics
+    heads, extractor, reference = instruments.heads, instruments.extractor, instruments.reference
+    wants_classes, wants_pixels = "is" in metrics, "agreement" in metrics
 
     def function(numbers, values):
-        features = probabilities = None
-        if extractor is not None:
-            features, probabilities = extractor.read(values, wants_classes)
+        features, probabilities = extractor.read(values, wants_classes) if extractor is not None else (None, None)
         pixels = torch.from_numpy(values).permute(0, 3, 1, 2).float() / 255
         texts = None if prompts is None else [prompts[number] for number in numbers]
         scores = [score for head in heads for score in head.score(pixels, texts).values()]
-        seen = pixels if instruments.oracle is not None and "agreement" in metrics else None
-        return [features, probabilities, seen, *scores]
+        return [features, probabilities, pixels if wants_pixels else None, *scores]
 
     numbers, (features, probabilities, pixels, *scores) = read(images, function, batch_size, state, protocol.jpeg, progress)
-    row = {"spread": {}, "images": len(numbers), "unreadable": len(images) - len(numbers)}
+    missing = [images.names[number] for number in sorted(set(range(len(images))) - set(numbers))]
+    row, details = {"spread": {}, "images": len(numbers), "unreadable": len(missing)}, {}
+    if not state.is_main_process:
+        return row, details, missing
     size = len(images) // protocol.seeds
     sets = [torch.tensor([row for row, number in enumerate(numbers) if number // size == one]) for one in range(protocol.seeds)]
-    if pixels is not None:
-        by_seed = [pixels[rows] * 2 - 1 for rows in sets]
-        read_ones = [[numbers[row] % size for row in rows] for rows in sets]
-        asked = [tuple(column[places] for column in own) for own, places in zip(labels, read_ones, strict=True)]
-        _add(row, builtin_protocol.measure(instruments.oracle, by_seed, asked, instruments.reference.features))
+    if wants_pixels:
+        places = [torch.tensor(numbers)[rows] % size for rows in sets]
+        asked = [tuple(column[own] for column in columns) for columns, own in zip(labels, places, strict=True)]
+        add(row, builtin_protocol.measure(instruments.oracle, [pixels[rows] * 2 - 1 for rows in sets], asked, reference.features))
     wanted = [name for name in metrics if name in DISTANCES and name not in row]
     if wanted:
-        _add(row, _distances(features, probabilities, sets, instruments.reference, wanted))
-    details = {}
-    names = [name for head in heads for name in head.heads]
-    for name, values in zip(names, scores, strict=True):
-        values = values.double()
-        details[name] = {"count": len(values), "mean": values.mean().item(), "std": values.std(correction=0).item(),
-                         "min": values.min().item(), "max": values.max().item()}  # fmt: skip
-        _add(row, {name: details[name]["mean"], "spread": {name: details[name]["std"] / len(values) ** 0.5}})
-    return row, details
+        add(row, _distances(features, probabilities, sets, reference, wanted))
+    for name, values in zip([name for head in heads for name in head.heads], scores, strict=True):
+        details[name] = _statistics(values.double())
+        add(row, {name: details[name]["mean"], "spread": {name: details[name]["std"] / len(values) ** 0.5}})
+    return row, details, missing
 
 
-def _add(row, more):
+def _statistics(values):
+    return {"count": len(values), "mean": values.mean().item(), "std": values.std(correction=0).item(),
+            "min": values.min().item(), "max": values.max().item()}  # fmt: skip
+
+
+def add(row, more):
+    """Add the figures of a row to another, their spreads to its spreads."""
     row["spread"] |= more.get("spread", {})
     row |= {name: value for name, value in more.items() if name != "spread"}
 
@@ -207,9 +219,15 @@ def _distances(features, probabilities, sets, reference, wanted):
 
 
 def psnr_between(images, others):
-    """Peak signal-to-noise ratio in dB between two `ImageSet`s of as many readable images of one size; None if all are equal."""
+    """Peak signal-to-noise ratio in dB between two `ImageSet`s of as many images of one size; None if all are equal.
+
+    Over the images that are readable in both.
+    """
     total = count = 0
-    for (_, one), (_, other) in zip(images.batches(64), others.batches(64), strict=True):
-        total += np.square(one.astype(np.float64) - other).sum()
+    for (numbers, values), (other_numbers, other_values) in zip(images.batches(64), others.batches(64), strict=True):
+        both = [number for number in numbers if number in other_numbers]
+        one = values[[numbers.index(number) for number in both]].astype(np.float64)
+        other = other_values[[other_numbers.index(number) for number in both]]
+        total += np.square(one - other).sum()
         count += one.size
     return None if total == 0 else float(10 * np.log10(255**2 * count / total))

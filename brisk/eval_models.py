@@ -36,6 +36,7 @@ SCHEDULERS = {  # name: (class of diffusers, its settings)
     "unipc": ("UniPCMultistepScheduler", TRAILING), "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "lcm": ("LCMScheduler", {}),
 }  # fmt: skip
+NOT_FINITE = (float("inf"), float("-inf"))  # which JSON does not know
 CHOICES = ("ddim", "ddim_trailing", "dpmpp", "euler", "unipc")  # of a model that is not distilled to few steps
 BF16_LESS = ("DDPMPipeline", "DDIMPipeline", "LDMPipeline", "ConsistencyModelPipeline")  # whose images go to numpy as they are
 SILENT = ("DiTPipeline", "LDMPipeline")  # pipelines that do not pass their generators on to the scheduler's steps
@@ -246,7 +247,8 @@ def _plan_pipeline(model, nfe, guidance_scale, name, resolution, negative_prompt
     if "use_resolution_binning" in accepted:
         how["use_resolution_binning"] = False  # the size is the one asked for
     draw = functools.partial(_draw_by_pipeline, model, scheduler, how, negative_prompt)
-    settings = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    settings = {key: value if value not in NOT_FINITE else str(value) for key, value in scheduler.config.items()
+                if not key.startswith("_")}  # fmt: skip
     facts = {"scheduler": name or type(scheduler).__name__.removesuffix("Scheduler"), "guidance_scale": scale, "steps": steps,
              "resolution": resolution, "negative_prompt": negative_prompt, "scheduler_settings": settings}  # fmt: skip
     return Plan(draw, calls, steps, json.loads(json.dumps(facts, default=str)))

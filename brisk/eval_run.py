@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from tqdm import tqdm
 
@@ -42,6 +44,7 @@ class Settings(NamedTuple):
     batch_size: int
     latency_repeats: int  # 0: measure no cost
     dtype: str
+    allow_tf32: bool
     compile: bool
     negative_prompt: str | None
     pattern: str | None  # which files of a folder of images
@@ -77,7 +80,7 @@ class Found(NamedTuple):
     shown: dict  # the first few images, `PIL.Image`s
     facts: dict  # for the report
     captions: list  # of the first few images
-    files: list | None = None  # all images at the most calls
+    target: tuple | None = None  # (files, conditions) of all images at the most calls
 
 
 def budgets(entry, model, protocol, asked):
@@ -92,19 +95,23 @@ def budgets(entry, model, protocol, asked):
 
 
 def best_scheduler(model, session, nfe, how):
-    """The name of the scheduler that agrees best with the captions at `nfe` calls, chosen on images of another seed."""
-    protocol, scores = session.protocol, {}
-    labels = builtin_protocol.wanted_labels(protocol.samples, protocol.seeds)
-    captions = builtin_protocol.captions_of(labels)
-    first = protocol.first_seed + protocol.seeds * protocol.samples
-    size = session.settings.batch_size
-    for name in eval_models.CHOICES:
-        plan = eval_models.plan(model, nfe, scheduler=name, **how)
-        drawn = [plan.draw(captions[row : row + size], list(range(first + row, first + min(row + size, len(captions)))))
-                 for row in range(0, len(captions), size)]  # fmt: skip
-        images = torch.cat([torch.from_numpy(part) for part in drawn]).permute(0, 3, 1, 2) / 127.5 - 1
-        scores[name] = scorers.prompt_agreement(session.instruments.oracle, images, *labels)["all"]
-    return max(scores, key=scores.get)
+    """The name of the scheduler that agrees best with the captions at `nfe` calls, chosen on images of another seed.
+
+    By the main process, for all.
+    """
+    scores, protocol, size = {}, session.protocol, session.settings.batch_size
+    if session.state.is_main_process:
+        labels = builtin_protocol.wanted_labels(protocol.samples, protocol.seeds)
+        captions = builtin_protocol.captions_of(labels)
+        first = protocol.first_seed + protocol.seeds * protocol.samples
+        seeds = list(range(first, first + len(captions)))
+        for name in eval_models.CHOICES:
+            plan = eval_models.plan(model, nfe, scheduler=name, **how)
+            drawn = [plan.draw(captions[row : row + size], seeds[row : row + size]) for row in range(0, len(captions), size)]
+            images = torch.from_numpy(np.concatenate(drawn)).permute(0, 3, 1, 2) / 127.5 - 1
+            scores[name] = scorers.prompt_agreement(session.instruments.oracle, images, *labels)["all"]
+    chosen = [max(scores, key=scores.get, default=None)]
+    return broadcast_object_list(chosen)[0]
 
 
 def plans_of(entry, model, session, choose):
@@ -144,6 +151,7 @@ def open_model(entry, session, device, choose=True):
         model = eval_models.load(entry.source, device, dtype, vae=entry.keys.get("vae"), model=entry.keys.get("model"))
         asked = eval_drawing.wanted(protocol, model.takes, model.classes, session.prompts)
         eval_measures.check_count(protocol.metrics, session.instruments, protocol.samples if asked.labels else len(asked.seeds))
+        eval_measures.check_prompts(protocol.metrics, model.takes == "prompts")
         return model, asked, plans_of(entry, model, session, choose)
     except UserError as error:
         text = str(error)
@@ -153,49 +161,65 @@ def open_model(entry, session, device, choose=True):
 def measure_model(entry, session, target=None, is_target=False):
     """The `Found` of a model at all its budgets, the most calls first.
 
-    Args: `target`: files of images to compare with, noise by noise, or None; `is_target`: these are the model's own at the most
-    calls.
+    Args: `target`: `Found.target` of the model to compare with, noise by noise, or None; `is_target`: this is that model.
     """
-    settings, protocol = session.settings, session.protocol
+    settings, protocol, is_main = session.settings, session.protocol, session.state.is_main_process
+    held = torch.cuda.memory_allocated() if session.state.device.type == "cuda" else 0
     model, asked, plans = open_model(entry, session, session.state.device)
     if settings.compile:
         model.network.compile()
     facts = {"source": entry.source, "kind": model.kind, "weights": model.digest, "plans": {}}
     found = Found({}, {}, {}, facts, [str(condition) for condition in (asked.conditions or [])[: settings.shown]])
+    prompts = asked.conditions if model.takes == "prompts" else None
     for plan in sorted(plans, key=lambda plan: plan.nfe, reverse=True):
         key, words = str(plan.nfe), f"{entry.name}, {plan.nfe} call{'s' * (plan.nfe != 1)}"
         files = draw(words, folder_of(entry.name, plan.nfe, session), model, plan, asked, session)
         images = eval_measures.open_drawn(files, protocol)
         with session.progress(len(files), f"measuring {words}") as bar:
-            row, details = eval_measures.row_of(images, protocol.metrics, session.instruments, protocol, asked.conditions,
-                                                asked.labels, settings.batch_size, session.state, bar.update)  # fmt: skip
-        if target:
-            others = eval_measures.open_drawn(target, protocol)
-            if others.size == images.size and len(others) == len(images):
-                row["psnr_to_teacher"] = eval_measures.psnr_between(images, others)  # None where they are equal
+            row, details, _ = eval_measures.row_of(images, protocol.metrics, session.instruments, protocol, prompts, asked.labels,
+                                                   settings.batch_size, session.state, bar.update)  # fmt: skip
+        row |= {"nfe": plan.nfe, "parameters": sum(parameter.numel() for parameter in model.network.parameters())}
+        if is_main and target:
+            eval_measures.add(row, compared(images, asked.conditions, target, protocol))
         elif is_target:
-            target = files
-        if settings.latency_repeats and session.state.is_main_process:
-            row |= sampling_cost.measure(model, plan, asked.conditions, asked.seeds, settings.batch_size, settings.latency_repeats)
+            target = (files, asked.conditions)
+        if is_main and settings.latency_repeats:
+            eval_measures.add(row, sampling_cost.measure(model, plan, asked.conditions, asked.seeds, settings.batch_size,
+                                                         settings.latency_repeats, held_before=held))  # fmt: skip
         session.state.wait_for_everyone()
         row |= {name: plan.facts[name] for name in ("scheduler", "guidance_scale") if plan.facts.get(name) is not None}
         found.figures[key], found.details[key], facts["plans"][key] = row, details, plan.facts
         found.shown[key] = shown(images, settings.shown)
         session.say(f"{words}: {summary(row)}")
-    return found._replace(files=target if is_target else None)
+    return found._replace(target=target if is_target else None)
+
+
+def compared(images, conditions, target, protocol):
+    """A row with the distance to the images of `target` (see `Found`); an empty one where they cannot be compared."""
+    files, others_conditions = target
+    others = eval_measures.open_drawn(files, protocol)
+    if others.size != images.size or others_conditions != conditions or len(others) != len(images):
+        return {}
+    return {"psnr_to_teacher": eval_measures.psnr_between(images, others)}  # None where they are equal
+
+
+def slug(name):
+    """A name as that of a folder."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name)
 
 
 def folder_of(name, nfe, session):
     """Where the images of an entry are kept."""
-    return session.output / "images" / f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', name)}-nfe{nfe}"
+    return session.output / "images" / f"{slug(name)}-nfe{nfe}"
 
 
 def draw(words, folder, model, plan, asked, session):
     """Draw what is not in `folder` yet; the files of all images. Args: `words`: what is drawn, for messages."""
     settings, protocol = session.settings, session.protocol
-    made_with = {"weights": model.digest, "dtype": settings.dtype, "jpeg": protocol.jpeg, **plan.facts}
-    if eval_drawing.prepare(folder, made_with, asked.conditions, session.state):
-        session.say(f"{words}: {folder} held images of other settings; they are drawn anew.")
+    made_with = {"weights": model.digest, "dtype": settings.dtype, "allow_tf32": settings.allow_tf32, "jpeg": protocol.jpeg,
+                 **plan.facts}  # fmt: skip
+    if eval_drawing.prepare(folder, made_with, asked, session.state):
+        session.say(f"{words}: {folder} held images of other settings or captions; they are drawn anew.")
     files = eval_drawing.files_of(folder, protocol, asked.seeds)
     with session.progress(len(files), f"drawing {words}") as bar:
         eval_drawing.draw(plan, asked, files, settings.batch_size, session.state, protocol.jpeg, bar.update)
@@ -217,6 +241,7 @@ def open_images(entry, session):
         raise UserError(f"{entry.name}: {len(images):,} images and {len(prompts):,} captions: image i, by the order of paths, "
                         "belongs to caption i, so there must be as many.")  # fmt: skip
     eval_measures.check_count(protocol.metrics, session.instruments, len(images))
+    eval_measures.check_prompts(protocol.metrics, prompts is not None)
     return images
 
 
@@ -230,12 +255,12 @@ def measure_images(entry, images, session):
             raise UserError(f"--prompt_file: {error}") from None
     metrics = tuple(name for name in protocol.metrics if name != "agreement" or labels)
     with session.progress(len(images), f"measuring {entry.name}") as bar:
-        row, details = eval_measures.row_of(images, metrics, session.instruments, protocol._replace(seeds=1), prompts, labels,
-                                            settings.batch_size, session.state, bar.update)  # fmt: skip
+        row, details, missing = eval_measures.row_of(images, metrics, session.instruments, protocol._replace(seeds=1), prompts,
+                                                     labels, settings.batch_size, session.state, bar.update)  # fmt: skip
     session.say(f"{entry.name}, {row['images']:,} images: {summary(row)}")
-    for name in images.unreadable[:3]:
+    for name in missing[:3]:
         session.say(f"  unreadable: {name}")
-    facts = {"source": entry.source, "kind": "images", "unreadable": images.unreadable[:100]}
+    facts = {"source": entry.source, "kind": "images", "unreadable": missing[:100]}
     captions = (prompts or [])[: settings.shown]
     return Found({"images": row}, {"images": details}, {"images": shown(images, settings.shown)}, facts, captions)
 

@@ -131,7 +131,7 @@ def inception_score(probabilities, splits=SPLITS, seed=0):
 
     if len(probabilities) < 2 * splits:
         needed = f"the inception score over {splits} splits needs at least {2 * splits} images"
-        raise UserError(f"{needed}, there are {len(probabilities)}; give more, or leave is out.")
+        raise UserError(f"{needed}, there are {len(probabilities)}; give more, or other --metrics.")
     # the metric takes the softmax itself: that of the logarithms is the probabilities again; 0 log 0 would be no number
     logarithms = torch.as_tensor(probabilities).double().clamp_min(torch.finfo(torch.float64).tiny).log()
     metric = _quiet(InceptionScore, splits=splits)
@@ -170,7 +170,10 @@ def measure(features, probabilities, reference, wanted):
                 raise UserError("the inception score needs class probabilities, which the extractor inception alone gives.")
             row["inception_score"], spread["inception_score"] = inception_score(probabilities)
             continue
-        _check(name, features, reference)
+        check_reference(name, reference, features.shape[1])
+        check_count(name, len(features), features.shape[1])
+        if not features.isfinite().all():
+            raise UserError(f"the metric {name}: the images have features that are not finite.", 1)
         if name in FRECHET:
             found = statistics_of(features, "the set of images")
             row[name] = metrics.gaussian_frechet(found.mean, found.covariance, reference.mean, reference.covariance)
@@ -183,20 +186,16 @@ def measure(features, probabilities, reference, wanted):
     return {**row, "spread": spread}
 
 
-def _check(name, features, reference):
-    """UserError where the figure `name` cannot be had from these features (N, D) and this reference."""
+def check_reference(name, reference, size):
+    """UserError where the figure `name` of features of `size` dimensions cannot be had with this reference."""
     if reference is None:
         raise UserError(f"the metric {name} compares with a reference; give --reference FOLDER, or a file of images or statistics.")
-    size = features.shape[1]
     if len(reference.mean) != size:
         raise UserError(f"the reference {reference.source} has {len(reference.mean):,} features, the extractor gives {size:,}; "
                         "both must come from one extractor.")  # fmt: skip
-    if not features.isfinite().all():
-        raise UserError(f"the metric {name}: the images have features that are not finite.", 1)
     if name in ("kid", "pr") and reference.features is None:
         raise UserError(f"the metric {name} needs the features of the reference, {reference.source} holds mu and sigma alone; "
                         "give --reference FOLDER of the images (and --save_reference FILE to keep their features).")  # fmt: skip
-    check_count(name, len(features), size)
     if reference.count is not None:
         check_count(name, reference.count, size, f" in the reference {reference.source}")
 
@@ -210,4 +209,4 @@ def check_count(name, count, dimensions, where=""):
     else:
         least, what = (2, "the kernel distance") if name == "kid" else (NEIGHBOURS + 1, "the pair of precision and recall")
     if count < least:
-        raise UserError(f"{what} needs at least {least:,} images, there are {count:,}{where}; give more, or leave {name} out.")
+        raise UserError(f"{what} needs at least {least:,} images, there are {count:,}{where}; give more, or other --metrics.")

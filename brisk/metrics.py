@@ -1,15 +1,9 @@
-"""Distances between images, and between sets of feature vectors."""
+"""Distances between sets of feature vectors."""
 
 import numpy as np
 import torch
 
 BLOCK = 1024  # rows of a matrix of distances held at a time
-
-
-def psnr(images, others, span) -> float:
-    """Peak signal-to-noise ratio in dB between two equal-shaped sets of images whose values span `span`; inf if equal."""
-    error = np.square(np.asarray(images, dtype=np.float64) - np.asarray(others, dtype=np.float64)).mean()
-    return float(10 * np.log10(span**2 / error)) if error else float("inf")
 
 
 def gaussian_frechet(mu1, cov1, mu2, cov2) -> float:

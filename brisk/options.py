@@ -21,17 +21,23 @@ class UserError(Exception):
 
 
 def run(main, argv=None):
-    """Call `main(argv)` as a script does: a `UserError` becomes one line on stderr and its exit code."""
+    """Call `main(argv)` as a script does: a `UserError` becomes one line on stderr and its exit code, Ctrl-C exits with 130."""
     try:
         main(argv)
     except UserError as error:
-        if "tqdm" in sys.modules:  # end the line of a progress bar
-            for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
-                bar.close()
         rank = os.environ.get("RANK", "0")
         where = f"[process {rank}] " if rank != "0" else ""
-        print(f"{where}error: {redact(str(error))}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        _end(f"{where}error: {redact(str(error))}", error.exit_code)
+    except KeyboardInterrupt:
+        _end("interrupted", 130)
+
+
+def _end(text, code):
+    if "tqdm" in sys.modules:  # end the line of a progress bar
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
+    print(text, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 class Parser(argparse.ArgumentParser):

@@ -50,7 +50,7 @@ PROTOCOLS = {
     ),
     "coco2014_30k": Protocol(
         "Zero-shot MS-COCO 2014: 30,000 captions of the validation set at 512 px (as SLAM's paper measures).", "captions", 30000,
-        metrics=("fid", "clip"), resolution=512,
+        metrics=("fid", "clip"), resolution=512, measured_at=512, guidance_scale=7.5,
         reference="the folder of the 30,000 val2014 images of these captions", prompts="30,000 captions of MS-COCO val2014",
     ),
     "coco2014_30k_bksdm": Protocol(
@@ -61,19 +61,19 @@ PROTOCOLS = {
     ),
     "coco2017_5k": Protocol(
         "MS-COCO 2017: a caption of each of the 5,000 validation images at 512 px.", "captions", 5000,
-        metrics=("fid", "clip"), resolution=512,
+        metrics=("fid", "clip"), resolution=512, measured_at=512, guidance_scale=7.5,
         reference="the folder of the 5,000 val2017 images", prompts="one caption of each of the 5,000 val2017 images",
     ),
     "imagenet_50k": Protocol(
         "ImageNet at 256 px, 50 images a class, against ADM's statistics of the training set.", "classes", 50000,
-        metrics=("fid", "is"), resolution=256,
+        metrics=("fid", "is"), resolution=256, guidance_scale=4.0,
         reference="VIRTUAL_imagenet256_labeled.npz of github.com/openai/guided-diffusion",
     ),
-    "imagenet64_50k": Protocol("ImageNet at 64 px, 50 images a class, as EDM and EPD-Solver measure.", "classes", 50000,
+    "imagenet64_50k": Protocol("ImageNet at 64 px, 50 a class, seeds 0 to 49,999, against EDM's statistics.", "classes", 50000,
                                metrics=("fid",), reference=f"imagenet-64x64.npz {NVLABS}"),
-    "cifar10_50k": Protocol("CIFAR-10, seeds 0 to 49,999, as EDM and EPD-Solver measure.", "classes", 50000,
+    "cifar10_50k": Protocol("CIFAR-10, seeds 0 to 49,999, against EDM's statistics.", "classes", 50000,
                             metrics=("fid",), reference=f"cifar10-32x32.npz {NVLABS}"),
-    "ffhq_50k": Protocol("FFHQ at 64 px, seeds 0 to 49,999, as EDM and EPD-Solver measure.", None, 50000,
+    "ffhq_50k": Protocol("FFHQ at 64 px, seeds 0 to 49,999, against EDM's statistics.", None, 50000,
                          metrics=("fid",), reference=f"ffhq-64x64.npz {NVLABS}"),
     "lsun_bedroom_50k": Protocol("LSUN Bedroom at 256 px, seeds 0 to 49,999, as EPD-Solver measures.", None, 50000,
                                  metrics=("fid",), reference="statistics of LSUN Bedroom, of the EPD-Solver repository"),

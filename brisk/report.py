@@ -94,7 +94,7 @@ def write_report(folder, title, figures, facts, notes, samples, captions):
         raise ValueError(f"{', '.join(sorted(wrong))}: facts have names in report.RESERVED, models others")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "report.json", json.dumps({**figures, **facts}, indent=1) + "\n")
+    write_atomically(folder / "report.json", json.dumps(_finite({**figures, **facts}), indent=1, allow_nan=False) + "\n")
     write_csv(folder / "report.csv", figures)
     for name in ("report.png", "frontier.png"):
         (folder / name).unlink(missing_ok=True)  # of other figures
@@ -119,6 +119,15 @@ img {{ max-width: 100% }} pre {{ background: #f6f6f6; padding: 1rem; overflow-x:
 {tables}{pictures}{captions}{notes}
 <h2>How it was measured</h2><pre>{facts}</pre></body></html>
 """
+
+
+def _finite(value):
+    """`value` without the numbers that JSON does not know: null in their place."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_page(folder, title, tables, facts, notes, pictures=("report.png",), captions=()):

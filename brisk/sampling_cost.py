@@ -7,6 +7,7 @@ import copy
 import inspect
 import statistics
 import time
+from pathlib import Path
 
 
 def synchronize(device):
@@ -87,19 +88,37 @@ def call_macs(network, arguments):
         return None
 
 
-def measure(model, plan, conditions, seeds, batch_size, repeats=5, warmup=1):
-    """The costs of an image as a flat dict, of a model and a plan of `eval_models`.
+def reset_peak():
+    """Let the process's peak of resident memory begin anew, where the system can (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def resident_peak():
+    """GiB of resident memory at the peak since `reset_peak`; None where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM")), None)
+
+
+def measure(model, plan, conditions, seeds, batch_size, repeats=5, warmup=1, held_before=0):
+    """The costs of an image as a row of figures, of a model and a plan of `eval_models`.
 
     nfe: network calls one after the other; total_nfe: rows through the network per image; seconds_alone: median at batch 1;
-    seconds_per_image: median at the full batch; both with _min and _max; parameters and gmacs_per_image of the network, the latter
-    left out where it cannot be counted; peak_memory_gib: of device memory at the full batch on CUDA, else of this process so far.
+    seconds_per_image: median at the full batch; both with _min and _max and, in "spread", the standard deviation over repeats;
+    parameters and gmacs_per_image of the network, the latter left out where it cannot be counted; peak_memory_gib: at the full
+    batch, of device memory on CUDA (above `held_before` bytes, what was allocated before the model), else of this process.
 
     Args: `conditions` and `seeds` of the first images, of which `batch_size` make the full batch, or all if there are fewer.
     The two sizes take turns, so that a slow moment of the machine hits both.
     """
-    from brisk import runlog
+    import torch
 
-    count = min(batch_size, len(seeds))
+    count, on_gpu = min(batch_size, len(seeds)), model.device.type == "cuda"
 
     def draw(size):
         return plan.draw(conditions and conditions[:size], seeds[:size])
@@ -108,19 +127,22 @@ def measure(model, plan, conditions, seeds, batch_size, repeats=5, warmup=1):
     together, _ = watch_calls(model.network, lambda: draw(count))
     for _ in range(warmup):  # again: hooks are gone, which compiled networks notice
         draw(1), draw(count)
-    times, peaks = {1: [], count: []}, []
+    times, extra = {1: [], count: []}, []
+    reset_peak()
     for _ in range(repeats):
-        times[1].append(time_once(model.device, lambda: draw(1))[0])
-        if count > 1:
-            times[count].append(time_once(model.device, lambda: draw(count))[0])
-        peaks.append(runlog.peak_memory()[0])
-    row = {"nfe": len(alone), "total_nfe": sum(together) / count}
+        for size in times:
+            seconds, gib = time_once(model.device, lambda size=size: draw(size))
+            times[size].append(seconds / size)
+            extra.append(gib)
+    peak = (torch.cuda.memory_allocated() - held_before) / 2**30 + max(extra) if on_gpu else resident_peak()
+    row = {"nfe": len(alone), "total_nfe": sum(together) / count, "spread": {}}
     for name, size in (("seconds_alone", 1), ("seconds_per_image", count)):
-        seconds = [taken / size for taken in times[size]]
-        row |= {name: statistics.median(seconds), f"{name}_min": min(seconds), f"{name}_max": max(seconds)}
+        row |= {name: statistics.median(times[size]), f"{name}_min": min(times[size]), f"{name}_max": max(times[size])}
+        if repeats > 1:
+            row["spread"][name] = statistics.stdev(times[size])
     row["parameters"] = sum(parameter.numel() for parameter in model.network.parameters())
     macs = plan.macs
     if macs is None:
         each = call_macs(model.network, arguments)
         macs = None if each is None else each * row["total_nfe"]
-    return row | ({} if macs is None else {"gmacs_per_image": macs / 1e9}) | {"peak_memory_gib": max(peaks)}
+    return row | {name: value for name, value in (("gmacs_per_image", macs and macs / 1e9), ("peak_memory_gib", peak)) if value}

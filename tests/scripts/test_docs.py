@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+import evaluate
 import sample_epd
 import sample_fpdm
 import train_bksdm_distill as bksdm
@@ -21,7 +22,7 @@ import train_epd_rl as epd_rl
 import train_fpdm as fpdm
 import train_splam_distill_sd_wds as slam
 from brisk import bksdm as method
-from brisk import data, dit, epd_rl_options, fpdm_options, options, rewards
+from brisk import data, dit, epd_rl_options, eval_measures, fpdm_options, options, protocols, report, rewards
 
 pytestmark = pytest.mark.quick
 
@@ -33,6 +34,7 @@ EPD_CONFIGS = sorted((ROOT / "configs/epd").glob("*.yaml"))
 RECIPES = sorted((ROOT / "scripts").glob("splam_*.sh"))
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "brisk").glob("*.py"), *(ROOT / "scripts").glob("*.py")])
 OTHER_TOOLS_FLAGS = {"--multi_gpu", "--num_processes", "--config_file"}  # of accelerate launch
+WHOLE = {"cannot be"}  # a heading that is all a message says; a part of many others
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -119,8 +121,11 @@ def test_error_heading_is_a_fixed_part_of_a_message(heading):
 
 
 def test_each_error_of_the_code_has_its_heading():
+    def says(fragment, text):
+        return fragment == text.strip() if fragment in WHOLE else fragment in text
+
     def explained(texts):
-        return any(all(any(fragment in text for text in texts) for fragment in heading) for heading in error_headings())
+        return any(all(any(says(fragment, text) for text in texts) for fragment in heading) for heading in error_headings())
 
     missing = {place: texts for place, texts in messages().items() if texts and not explained(texts)}
     assert not missing, "docs/troubleshooting.md has no entry for these"
@@ -151,6 +156,7 @@ SECTIONS = [  # page, its section, script, groups of flags whose every member is
     ("epd", "Sampling", sample_epd, ("predictor, or solver in place of it", "images", "output", "speed")),
     ("epd", "Stage 2", epd_rl, ("method (arXiv 2512.22796)", "precision, memory and speed", "names",
                                 "export of a run's policy, in place of training")),
+    ("evaluate", "Flags", evaluate, ("what to measure", "how", "cost and speed", "output")),
 ]  # fmt: skip
 
 
@@ -175,7 +181,11 @@ def test_method_flags_are_all_listed_with_their_defaults(name, script, titles, u
 @pytest.mark.parametrize("name, section, script, titles", SECTIONS, ids=[script.__name__ for _, _, script, _ in SECTIONS])
 def test_flags_of_a_section_are_all_listed_with_their_defaults(name, section, script, titles):
     groups = [group for group in parser_of(script.parse_args)._action_groups if group.title in titles]
-    wanted = {f"--{action.dest}": str(action.default) for group in groups for action in group._group_actions}
+    actions = [action for group in groups for action in group._group_actions]
+    if script is evaluate:  # --clean_resize is in no group; --list_protocols prints and stops
+        actions += [action for action in parser_of(script.parse_args)._actions if action.dest == "clean_resize"]
+        actions = [action for action in actions if action.dest != "list_protocols"]
+    wanted = {f"--{action.dest}": str(None if action.default == [] else action.default) for action in actions}
     assert len(groups) == len(titles)
     assert flags_of_table(page(f"{name}.md").split(f"\n## {section}")[1].split("\n## ")[0]) == wanted
 
@@ -214,6 +224,40 @@ def test_yaml_keys_are_all_listed_with_their_defaults_and_shipped_values():
 def test_rewards_of_the_epd_page_are_the_codes():
     listed = [row[0].strip("`") for row in rows_below("\n### Rewards", "epd.md")]
     assert listed == [*rewards.MIXED, *rewards.ALONE, "module:function"]
+
+
+def test_protocols_of_the_evaluate_page_are_the_codes():
+    rows = {name.strip("`"): cells for name, *cells in rows_below("\n## Protocols", "evaluate.md")}
+    assert list(rows) == list(protocols.PROTOCOLS)
+    drawn_for = {"handwriting": {"handwriting captions"}, "captions": {"captions"}, "classes": {"classes", "digits"},
+                 None: {"nothing"}}  # fmt: skip
+    for name, (images, conditions, px, metrics, reference) in rows.items():
+        protocol = protocols.PROTOCOLS[name]
+        count = str(protocol.samples) + f" x {protocol.seeds}" * (protocol.seeds > 1)
+        assert images == (count if protocol.samples else "`--samples`")
+        assert conditions in drawn_for[protocol.conditions]
+        assert px == str(protocol.resolution or "own") and metrics == ", ".join(protocol.metrics)
+        assert not reference.endswith(".npz`") or reference.strip("`") in protocol.reference
+
+
+def test_metrics_models_keys_and_weights_of_the_evaluate_page_are_the_codes():
+    rows = rows_below("\n## Metrics", "evaluate.md")
+    named = [name for row in rows for name in row[0].split(", ")]
+    assert sorted(named) == sorted([*protocols.METRICS, "module:function"])
+    for row in rows:
+        assert {name for name in re.findall(r"`(\w+)`", row[1])} <= set(report.QUALITY)
+        module, function = re.findall(r"`(\w+)\.(\w+)`", row[3])[0]
+        assert callable(getattr(importlib.import_module(f"brisk.{module}"), function))
+    assert {row[0].strip("`") for row in rows_below("\n## Models", "evaluate.md")} == set(evaluate.KEYS)
+    heads = [key for row in rows_below("The keys of `--weights`:", "evaluate.md") for key in re.findall(r"`([\w.]+)`", row[0])]
+    given = eval_measures.reward_settings([f"{key}=file" for key in heads])
+    assert given.keys() == {*eval_measures.MAIN_KEY, "inception", "torchscript"}
+
+
+def test_costs_and_keys_of_the_report_on_the_evaluate_page_are_the_codes():
+    assert {row[0].strip("`") for row in rows_below("\n## Cost", "evaluate.md")} <= set(report.COST)
+    keys = rows_below("| key of `report.json` |", "evaluate.md")
+    assert {key for row in keys for key in re.findall(r"`(\w+)`", row[0])} == set(report.RESERVED)
 
 
 @pytest.mark.parametrize("name", [method[0] for method in METHODS])
@@ -308,7 +352,7 @@ def test_feature_pairs_on_the_bksdm_page_are_as_many_as_the_stored_ones():
         assert len(stored[f"{renamed.get(preset, preset)}/{name}"]) == count
 
 
-@pytest.mark.parametrize("name", ["bksdm", "fpdm", "epd"])
+@pytest.mark.parametrize("name", ["fpdm", "epd"])
 def test_figures_of_the_demo_have_one_delimited_place(name):
     assert len(re.findall(r"<!-- demo figures: begin -->\n.*?\n<!-- demo figures: end -->", page(f"{name}.md"), re.DOTALL)) == 1
 

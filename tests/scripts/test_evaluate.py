@@ -21,7 +21,7 @@ from brisk.options import UserError
 
 TEACHER = ROOT / "assets/tiny-teacher"
 AGREEMENT = {"digit", "foreground", "background", "all"}
-COST = {"nfe", "total_nfe", "seconds_alone", "seconds_per_image", "parameters", "gmacs_per_image", "peak_memory_gib"}
+COST = {"nfe", "total_nfe", "seconds_alone", "seconds_per_image", "parameters", "gmacs_per_image"}
 QUALITY = ("fid", "kid", "inception_score", "precision", "recall")
 
 
@@ -168,20 +168,28 @@ def test_a_protocol_decides_everything_and_is_written_down(measured):
     assert quality(row).keys() == set(QUALITY) and all(np.isfinite(list(quality(row).values())))
 
 
-def test_the_result_does_not_depend_on_the_number_of_processes(coco, measured, tmp_path):
+@pytest.fixture(scope="module")
+def training(run_main, tmp_path_factory):
+    """A SLAM run with two checkpoints, and an unfinished third."""
+    folder = run_main("--checkpointing_steps=1", output=tmp_path_factory.mktemp("training") / "run").output
+    (folder / "checkpoint-3").mkdir()
+    return folder
+
+
+def test_the_result_does_not_depend_on_the_number_of_processes(coco, measured, training, tmp_path):
     folder, flags = coco
     launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, str(ROOT / "evaluate.py"), *flags, "--output_dir", str(tmp_path), "--reference",
-               str(folder / "real"), "--batch_size", "8"]  # fmt: skip
+               str(folder / "real"), "--batch_size", "8", "--watch", str(training), "--watch_timeout", "0.1"]  # fmt: skip
     ranks = [subprocess.Popen(command, env=environment(**launcher, RANK=str(rank), LOCAL_RANK=str(rank)), stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, text=True) for rank in range(2)]  # fmt: skip
     ends = [rank.communicate(timeout=240) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], ends
-    assert "report.html" in ends[0][0] and ends[1][0] == ""
+    assert "checkpoint-2" in ends[0][0] and ends[1][0] == ""
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["record"]["processes"] == 2
+    assert report["record"]["processes"] == 2 and {"checkpoint-1", "checkpoint-2"} < report.keys()
     assert report["sd"]["3"] == measured[1]  # to the last digit
-    one, other = (sorted(path.rglob("*.jpg")) for path in (measured[0], tmp_path))
+    one, other = (sorted((path / "images/sd-nfe3").rglob("*.jpg")) for path in (measured[0], tmp_path))
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in other]
 
 
@@ -217,7 +225,10 @@ def test_rewards_have_all_their_statistics(coco, measured, tmp_path, monkeypatch
     assert scores.keys() == {"clip", "mine:red"} and scores["clip"].keys() == {"count", "mean", "std", "min", "max"}
     assert scores["clip"]["count"] == 30 and -1 <= scores["clip"]["min"] <= row["clip"] <= scores["clip"]["max"] <= 1
     assert row["spread"]["clip"] == pytest.approx(scores["clip"]["std"] / 30**0.5)
-    assert 0 < row["mine:red"] < 1 and report["record"]["reward_weights"] == [coco[1][-3], f"clip={tmp_path / 'clip'}"]
+    with pytest.raises(UserError, match="there are no captions, which --metrics clip needs"):
+        evaluate.main(["--protocol", "custom", "--images", str(tmp_path / "out/images"), "--metrics", "clip", "--weights",
+                       f"clip={tmp_path / 'clip'}", "--output_dir", str(tmp_path / "none")])  # fmt: skip
+    assert 0 < row["mine:red"] < 1 and report["record"]["weights"] == [coco[1][-3], f"clip={tmp_path / 'clip'}"]
 
 
 def test_budgets_that_a_scheduler_cannot_meet_are_left_out(tmp_path, capsys):
@@ -227,25 +238,58 @@ def test_budgets_that_a_scheduler_cannot_meet_are_left_out(tmp_path, capsys):
     assert list(json.loads((tmp_path / "report.json").read_text())["teacher"]) == ["4"]
 
 
-def test_watch_takes_every_finished_checkpoint_once(run_main, coco, tmp_path, monkeypatch, capsys):
-    training = run_main("--checkpointing_steps=1", output=tmp_path / "run")
-    (training.output / "checkpoint-3").mkdir()  # not finished
-    flags = [*coco[1][:-2], "--metrics", "fid", "--reference", str(coco[0] / "real"), "--watch", str(training.output),
-             "--watch_timeout", "0", "--output_dir", str(tmp_path / "out")]  # fmt: skip
-    evaluate.main(flags)
+def test_watch_takes_every_finished_checkpoint_once(training, coco, tmp_path, monkeypatch, capsys):
+    first = tmp_path / "first"
+    shutil.copytree(training, first)
+    flags = [*coco[1][:-2], "--metrics", "fid", "--reference", str(coco[0] / "real"), "--watch_timeout", "0", "--output_dir",
+             str(tmp_path / "out"), "--watch"]  # fmt: skip
+    evaluate.main([*flags, str(first)])
     report = json.loads((tmp_path / "out/report.json").read_text())
     rows = [report[f"checkpoint-{step}"]["3"] for step in (1, 2)]
     assert "checkpoint-3" not in report and rows[0]["fid"] != rows[1]["fid"] and rows[0]["scheduler"] == "LCM"
-    (training.output / "checkpoint-2").rename(training.output / "checkpoint-4")
+    (first / "checkpoint-2").rename(first / "checkpoint-4")
 
     measured = []
     measure = eval_run.measure_model
     monkeypatch.setattr(eval_run, "measure_model", lambda entry, *rest: measured.append(entry.name) or measure(entry, *rest))
-    evaluate.main(flags)
+    evaluate.main([*flags, str(first)])
     after = json.loads((tmp_path / "out/report.json").read_text())
     assert measured == ["checkpoint-4"] and after["checkpoint-4"]["3"]["fid"] == rows[1]["fid"]
     assert after["checkpoint-1"] == report["checkpoint-1"]
-    assert "checkpoint-1" in capsys.readouterr().out
+
+    measured.clear()
+    evaluate.main([*flags, str(training)])  # another run in the same folder is not taken for this one
+    assert measured == ["checkpoint-1", "checkpoint-2"]
+    assert "checkpoint-4" not in json.loads((tmp_path / "out/report.json").read_text())
+
+
+def test_a_checkpoint_that_cannot_be_measured_is_said_and_what_was_measured_is_kept(training, coco, tmp_path, capsys):
+    shutil.copytree(training / "checkpoint-1", tmp_path / "run/checkpoint-1")
+    state = tmp_path / "run/checkpoint-1/trainer_state.json"
+    options = json.loads(state.read_text())
+    options["options"]["pretrained_teacher_model"] = "no/such/teacher"
+    state.write_text(json.dumps(options))
+    flags = [*coco[1], "--metrics", "none", "--watch", str(tmp_path / "run"), "--watch_timeout", "0", "--output_dir"]
+    evaluate.main([*flags, str(tmp_path / "out")])
+    assert "Left out: checkpoint-1: " in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/report.json").read_text())["sd"]["3"]["images"] == 30
+    alone = [flag for flag in flags if not flag.startswith("sd=") and flag != "--model"]
+    with pytest.raises(UserError, match="nothing was measured: checkpoint-1: "):
+        evaluate.main([*alone, str(tmp_path / "none")])
+
+
+def test_report_is_strict_json(tmp_path):
+    """DPM-Solver++ has an infinite setting."""
+    evaluate.main(["--teacher", f"{TEACHER},scheduler=dpmpp,nfe=2", "--samples", "50", "--seeds", "1", "--latency_repeats", "2",
+                   "--output_dir", str(tmp_path)])  # fmt: skip
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    row = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)["teacher"]["2"]
+    for path in (tmp_path / "images").rglob("images.json"):
+        json.loads(path.read_text(), parse_constant=refuse)
+    assert row["spread"].keys() == {"seconds_alone", "seconds_per_image"}
 
 
 def test_protocols_are_listed(capsys):
@@ -260,7 +304,7 @@ def test_protocols_are_listed(capsys):
     (["--model", "x="], "names no source"),
     (["--model", f"x={TEACHER},steps=3"], "'steps=3' is not KEY=VALUE with KEY one of nfe"),
     (["--model", f"x={TEACHER},nfe=0"], "nfe is '0'; it must be a list of positive numbers"),
-    (["--model", f"x={TEACHER},resolution=big"], "resolution cannot be big"),
+    (["--model", f"x={TEACHER},resolution=big"], "resolution cannot have the value big"),
     (["--model", f"x={TEACHER}", "--images", "x=images"], "two models are called x"),
     (["--model", f"record={TEACHER}"], "the report uses this name"),
     (["--model", f"x={ROOT / 'docs'}"], "x: "),
@@ -286,8 +330,9 @@ def test_protocols_are_listed(capsys):
     (["--images", "MIXED", "--resize", "32"], "needs at least 49"),
     (["--images", "MIXED", "--resize", "32", "--prompt_file", "PROMPTS"], "2 images and 1 captions"),
     (["--watch", "nowhere"], "--watch nowhere is no folder"),
-    (["--watch", "EMPTY", "--watch_timeout", "0"], "no finished checkpoint came"),
+    (["--watch", "EMPTY", "--watch_timeout", "0"], "nothing was measured: no finished checkpoint came"),
     (["--samples", "30"], "needs at least 49"),
+    (["--teacher", "none", "--model", f"a b={TEACHER}", "--model", f"a-b={TEACHER}"], "two models are called a b"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence(flags, message, tmp_path):
     (tmp_path / "empty").mkdir()

@@ -83,6 +83,7 @@ def shrink(words, place, models, shards):
 
 @pytest.mark.parametrize("line", [line for line in commands() if BKSDM not in line and "convert_bksdm" not in line
                                   and "_fpdm.py" not in line and "--class_labels" not in line and "_epd" not in line
+                                  and "evaluate.py" not in line
                                   and ("scripts/" not in line or "precompute" in line)])  # fmt: skip
 def test_command_runs(line, workplace, models, shards):
     if line.startswith(INSTALL):
@@ -91,10 +92,61 @@ def test_command_runs(line, workplace, models, shards):
     words = shrink(shlex.split(line), workplace, models, f"pipe:cat {shards}" if "/" in str(shards) else shards)
     if words[0] == "python":
         words[0] = sys.executable
-    if "evaluate.py" in words:
-        shutil.copytree(ROOT / "assets/tiny-teacher", workplace / "outputs/quickstart", dirs_exist_ok=True)
-        words += ["--samples", "50", "--seeds", "1", "--nfe", "2", "--latency_repeats", "1"]
     run(words, workplace)
+
+
+@pytest.fixture(scope="module")
+def measurable(tmp_path_factory):
+    """A folder where what is measured, and what it is compared with, have the README's names, all tiny."""
+    import numpy as np
+    import tiny_extractor
+    import tiny_rewards
+
+    from brisk import protocols, tiny
+
+    place = tmp_path_factory.mktemp("measurable")
+    for name in ("outputs/quickstart", "outputs/quickstart/lcm", "outputs/my-splam", "stable-diffusion-v1-5/stable-diffusion-v1-5"):
+        shutil.copytree(ROOT / "assets/tiny-teacher", place / name, dirs_exist_ok=True)
+    rng = np.random.default_rng(0)
+    for name in ("val2014", "real_images", "my_images"):
+        (place / name).mkdir()
+        for number in range(20):
+            side = 24 + number % 2 if name == "val2014" else 24  # COCO's are of many sizes
+            tiny.random_image(rng, side, 24).save(place / name / f"{number:02d}.png")
+    (place / "captions.csv").write_text("text\n" + "a red handwritten seven on a yellow background\n" * 20)
+    tiny_extractor.write_inception(place / "inception-2015-12-05.pt", 6, 5)
+    tiny_rewards.write_clip(place / protocols.L14)
+    return place
+
+
+def evaluations():
+    """The commands of evaluate.py, in order."""
+    return [line for line in commands() if "evaluate.py" in line]
+
+
+@pytest.mark.parametrize("line", evaluations())
+def test_evaluation_runs(line, measurable, monkeypatch, capsys):
+    """As printed, but for the launcher, the number and size of images, timed repeats, and the teacher or its budgets."""
+    import evaluate
+
+    monkeypatch.chdir(measurable)
+    words = shlex.split(line.removeprefix("accelerate launch ").removeprefix("python "))
+    assert words.pop(0) == "evaluate.py"
+    small = ["--samples=50", "--seeds=1", "--latency_repeats=1"] if "--protocol" not in words else ["--latency_repeats=0"]
+    if "--protocol" not in words:  # the teacher at many budgets takes long
+        small += ["--teacher=none"] if "--nfe" in words else ["--nfe=2"]
+    small += ["--samples=20", "--resolution=32"] if "coco2014_30k" in words else []
+    evaluate.main([*words, *small])
+    assert not re.search("has no effect", capsys.readouterr().out)
+    output = measurable / words[words.index("--output_dir") + 1]
+    report = json.loads((output / "report.json").read_text())
+    names = [words[place + 1].split("=")[0] for place, word in enumerate(words) if word in ("--model", "--images")]
+    assert names and all(report[name] for name in names)
+    assert (output / "frontier.png").is_file() and (output / "report.html").is_file()
+
+
+def test_there_are_four_evaluations():
+    assert len(evaluations()) == 4 and sum("--nfe 1 2 4 8" in line for line in evaluations()) == 1
 
 
 def run(words, place):
@@ -332,7 +384,7 @@ def test_epd_flags_of_the_readme_have_their_defaults():
 def test_shell_scripts_named_in_the_readme_exist():
     named = re.findall(r"bash (scripts/\w+\.sh)", README)
     assert {"scripts/quickstart.sh", "scripts/test.sh", "scripts/demo_bksdm.sh", "scripts/demo_fpdm.sh",
-            "scripts/demo_epd.sh", "scripts/demo_epd_rl.sh"} <= set(named)
+            "scripts/demo_epd.sh", "scripts/demo_epd_rl.sh", "scripts/demo_stack.sh"} <= set(named)
     for name in named:
         assert subprocess.run(["bash", "-n", str(ROOT / name)]).returncode == 0
 

@@ -37,7 +37,7 @@ CAPTIONS = protocols.PROTOCOLS["custom"]._replace(samples=5, seeds=2, first_seed
 def run(folder, plan, protocol=CAPTIONS, rank=0, world=1, batch_size=4, settings=None, prompts="abcdef"):
     asked = eval_drawing.wanted(protocol, "prompts", prompts=[text * 2 for text in prompts])
     state = Process(rank, world)
-    stale = eval_drawing.prepare(folder, settings or {"weights": "w"}, asked.conditions, state)
+    stale = eval_drawing.prepare(folder, settings or {"weights": "w"}, asked, state)
     files = eval_drawing.files_of(folder, protocol, asked.seeds)
     eval_drawing.draw(plan, asked, files, batch_size, state, protocol.jpeg)
     return files, stale
@@ -82,12 +82,35 @@ def test_only_batches_with_a_missing_image_are_drawn_again(tmp_path):
     assert again.batches == [[7, 8, 9, 10]] and files[5].exists()
 
 
-@pytest.mark.parametrize("change", [{"settings": {"weights": "other"}}, {"prompts": "abcdxy"}])
-def test_images_of_other_settings_are_drawn_anew(tmp_path, change):
+def test_images_of_other_settings_are_drawn_anew(tmp_path):
     run(tmp_path, Plan())
     again = Plan()
-    _, stale = run(tmp_path, again, **change)
+    _, stale = run(tmp_path, again, settings={"weights": "other"})
     assert stale and len(again.batches) == 3
+
+
+def test_images_of_other_captions_are_drawn_anew_and_the_others_kept(tmp_path):
+    run(tmp_path, Plan(), batch_size=1)
+    again = Plan()
+    _, stale = run(tmp_path, again, batch_size=1, prompts="abcdx")
+    assert stale and again.batches == [[7], [12]]
+
+
+def test_a_seed_that_comes_to_have_another_caption_is_drawn_anew(tmp_path):
+    """Image j of a set has caption j: another first seed shifts captions against seeds."""
+    run(tmp_path, Plan(), batch_size=1)
+    again = Plan()
+    files, _ = run(tmp_path, again, CAPTIONS._replace(first_seed=4), batch_size=1)
+    assert again.batches == [[seed] for seed in range(4, 14)]
+    assert run(tmp_path, Plan(), CAPTIONS._replace(samples=3, first_seed=4))[1], "seeds of the second set have moved"
+
+
+def test_fewer_samples_of_one_set_keep_their_images(tmp_path):
+    one = CAPTIONS._replace(seeds=1)
+    run(tmp_path, Plan(), one)
+    again = Plan()
+    files, stale = run(tmp_path, again, one._replace(samples=3))
+    assert not stale and again.batches == [] and len(files) == 3
 
 
 def test_images_of_the_same_settings_are_kept(tmp_path):

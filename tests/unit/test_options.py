@@ -352,3 +352,12 @@ def test_script_ends_with_code_2_and_one_line_for_a_bad_flag(root):
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: unknown flag --resolutoin; the nearest one is --resolution.\n"
+
+
+def test_ctrl_c_ends_a_script_with_a_word_and_130(capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        options.run(interrupted)
+    assert caught.value.code == 130 and capsys.readouterr().err == "interrupted\n"
