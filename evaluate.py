@@ -184,7 +184,8 @@ def record_of(args, session, changed):
     record = {**protocol._asdict(), "changed_by_flags": changed, "class_balance": conditions.get(protocol.conditions),
               "extractor_weights": extractor and extractor.digest, "reference_used": reference and reference.source,
               "reference_images": reference and reference.count, "reference_digest": reference and reference.digest,
-              "weights": args.weights, "prompt_file": args.prompt_file, "pattern": args.pattern, "watched": args.watch,
+              "weights": args.weights, "prompt_file": args.prompt_file,
+              "negative_prompt": args.negative_prompt, "pattern": args.pattern, "watched": args.watch,
               "dtype": args.dtype, "allow_tf32": args.allow_tf32, "compile": args.compile, "batch_size": args.batch_size,
               "latency_repeats": args.latency_repeats, "processes": session.state.num_processes}  # fmt: skip
     return {"protocol": args.protocol, "record": record}
