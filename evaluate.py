@@ -90,9 +90,9 @@ class Listing(argparse.Action):
         parser.exit()
 
 
-def read_nfe(words, flag="--nfe", separators=r"[,\s]+"):
+def read_nfe(words):
     """The budgets of a list of words. UserError."""
-    return options.read_counts(flag, ",".join(part for word in words for part in re.split(separators, word) if part))
+    return options.read_counts("--nfe", ",".join(part for word in words for part in re.split(r"[,\s]+", word) if part))
 
 
 def read_entry(text, flag, name=None):
@@ -109,9 +109,10 @@ def read_entry(text, flag, name=None):
         if key not in KEYS or not value:
             raise options.UserError(f"{flag} '{text}': '{part}' is not KEY=VALUE with KEY one of {', '.join(KEYS)}.")
         try:
-            keys[key] = read_nfe([value], f"{flag} '{text}': nfe", "/") if key == "nfe" else KEYS[key](value)
+            keys[key] = [options.COUNT(count) for count in value.split("/")] if key == "nfe" else KEYS[key](value)
         except (ValueError, argparse.ArgumentTypeError):
-            raise options.UserError(f"{flag} '{text}': {key} cannot have the value {value}.") from None
+            raise options.UserError(f"{flag} '{text}': {key} cannot have the value {value}"
+                                     f"{', only numbers from 1 like 4 or 4/2/1' * (key == 'nfe')}.") from None  # fmt: skip
     if not source:
         raise options.UserError(f"{flag} '{text}' names no source: write [NAME=]SOURCE.")
     return eval_run.Entry(given or name or default_name(source), source, keys, flag == "--images")
@@ -153,24 +154,41 @@ def read_entries(args):
     return teacher, entries
 
 
+def missing_files(args, protocol, weights):
+    """What the protocol needs and was not given: [what, with its flag and where to get it]."""
+    from brisk import feature_extractors
+
+    missing, distances = [], {"fid", "frechet", "kid", "pr", "is"} & set(protocol.metrics)
+    if protocol.extractor == "inception" and distances and "inception" not in weights:
+        missing.append(f"the Inception network (--weights inception=FILE, {feature_extractors.INCEPTION_URL})")
+    if protocol.extractor != "handwriting" and distances - {"is"} and not args.reference:
+        missing.append(f"the reference (--reference, {protocol.reference or 'real images or their statistics'})")
+    if protocol.prompts and (args.model or args.teacher) and not args.prompt_file:
+        missing.append(f"captions (--prompt_file, {protocol.prompts})")
+    return missing
+
+
 def open_session(args, protocol, state):
     """The `eval_run.Session` of the flags: weights, reference and captions are read now. UserError."""
-    from brisk import epd_options, eval_measures, eval_run
+    from brisk import epd_options, eval_measures, eval_run, image_metrics
 
     output = Path(args.output_dir)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise options.UserError(f"--output_dir {output} cannot be made: {error.strerror}.") from None
+    weights = eval_measures.reward_settings(args.weights)
+    missing = missing_files(args, protocol, weights)
+    if missing:
+        raise options.UserError(f"--protocol {args.protocol} needs {', and '.join(missing)}; or give other --metrics.")
     prompts = epd_options.read_prompts(None, args.prompt_file, "--prompt_file")
     if protocol.samples is None and (args.model or args.teacher or args.watch):
         if prompts is None:
             raise options.UserError(f"--protocol {args.protocol} needs --samples, the number of images, or --prompt_file.")
         protocol = protocol._replace(samples=len(prompts))
-    weights = eval_measures.reward_settings(args.weights)
     instruments = eval_measures.load(protocol.metrics, protocol, weights, args.reference, args.batch_size, state)
     if args.save_reference and state.is_main_process:
-        eval_measures.image_metrics.save_statistics(instruments.reference, args.save_reference)
+        image_metrics.save_statistics(instruments.reference, args.save_reference)
     settings = eval_run.Settings(args.batch_size, args.latency_repeats, args.dtype, args.allow_tf32, args.compile,
                                  args.negative_prompt, args.pattern, args.shown, args.nfe is not None)  # fmt: skip
     return eval_run.Session(settings, protocol, instruments, prompts, state, output)
@@ -191,18 +209,27 @@ def record_of(args, session, changed):
     return {"protocol": args.protocol, "record": record}
 
 
-def notes_of(protocol, figures):
-    """Sentences that say what the columns of a table are."""
-    rows = [row for by_nfe in figures.values() for row in by_nfe.values()]
-    notes = [protocol.text]
+def notes_of(args, session, found):
+    """Sentences that say what was measured and what the columns of the table are; the second is a warning, or empty."""
+    protocol, preset = session.protocol, protocols.PROTOCOLS[args.protocol]
+    rows = [row for one in found.values() for row in one.figures.values()]
+    notes, reference, fewest = [protocol.text, ""], session.instruments.reference, min(row["images"] for row in rows)
+    size = len(reference.mean) if reference else 0
+    enough = preset.samples * preset.seeds if preset.samples else 10 * size
+    if size and fewest < enough:
+        should = "the protocol has" if preset.samples else "there should be"
+        notes[1] = (f"Warning: {fewest:,} images where {should} {enough:,}: distances in {size:,} dimensions are biased upwards, "
+                    "and compare with nothing but rows of as many images.")  # fmt: skip
     if protocol.extractor == "handwriting":
-        notes.append("agreement: share of images in which a classifier reads the digit and the colours that the caption asks for "
-                     "(all: in everything). frechet: distance to held-out real images in the classifier's features.")  # fmt: skip
+        notes.append("agreement: share of images in which a classifier reads the digit and the colours that were asked for (all: "
+                     "in everything). frechet: distance to held-out real images in the classifier's features.")  # fmt: skip
     if any("psnr_to_teacher" in row for row in rows):
-        notes.append("psnr to teacher: peak signal-to-noise ratio in dB to the teacher's images of most calls from the same noise.")
-    notes.append("±: standard deviation over sets of seeds; of kid and inception score over subsets; of mean scores the standard "
-                 "error.")  # fmt: skip
-    if any("nfe" in row for row in rows):
+        most = max(map(int, found["teacher"].figures))
+        notes.append(f"psnr to teacher: peak signal-to-noise ratio in dB to the teacher's images of {most} calls, from the "
+                     "same noise.")  # fmt: skip
+    notes.append("±: standard deviation over sets of seeds; of kid and inception score over subsets; of times over repeats; of mean "
+                 "scores the standard error.")  # fmt: skip
+    if any("total_nfe" in row for row in rows):
         notes.append("nfe: network calls one after the other. total nfe: images through the network for an image, two for a guided "
                      "call. seconds alone: an image at batch 1; seconds per image: in full batches; medians of whole pipeline "
                      "calls, text encoder and decoder included. gmacs per image: billions of multiply-accumulates in the "
@@ -220,8 +247,10 @@ def write(args, session, changed, found):
              "scores": {name: one.details for name, one in found.items() if any(one.details.values())},
              "captions": captions, "environment": runlog.environment()}  # fmt: skip
     samples = {(name, nfe): images for name, one in found.items() for nfe, images in one.shown.items()}
-    return report.write_report(session.output, f"brisk: {args.protocol}", figures, facts, notes_of(session.protocol, figures),
-                               samples, captions)  # fmt: skip
+    notes = notes_of(args, session, found)
+    title = f"brisk: {args.protocol}" + " (fewer images than it asks for)" * bool(notes[1])
+    table = report.write_report(session.output, title, figures, facts, [note for note in notes if note], samples, captions)
+    return f"{table}\n\n{notes[1]}".rstrip()
 
 
 def finished(run, known):
@@ -340,6 +369,9 @@ def main(argv=None):
     session = open_session(args, protocol, state)
     try:
         measure_all(args, session, changed, teacher, entries)
+    except KeyboardInterrupt:
+        session.say("Images that were drawn are kept: the same command goes on with them.")
+        raise
     except torch.OutOfMemoryError:
         raise options.UserError(f"the device ran out of memory at --batch_size {args.batch_size}: give a smaller one; images that "
                                 "were drawn are kept.", 1) from None  # fmt: skip

@@ -121,7 +121,7 @@ def plans_of(entry, model, session, choose):
     how = {"guidance_scale": keys.get("guidance_scale", guidance), "resolution": keys.get("resolution", protocol.resolution),
            "iterations": keys.get("iterations"), "reuse": keys.get("reuse"),
            "negative_prompt": settings.negative_prompt}  # fmt: skip
-    wanted = budgets(entry, model, protocol, settings.nfe_given)
+    wanted, reason = budgets(entry, model, protocol, settings.nfe_given), None
     for nfe in wanted:
         name = keys.get("scheduler", None if model.few_steps or model.kind != "pipeline" else protocol.scheduler)
         if name == "best":
@@ -132,12 +132,11 @@ def plans_of(entry, model, session, choose):
         try:
             plans.append(eval_models.plan(model, nfe, scheduler=name, **how))
         except UserError as error:
-            if len(wanted) == 1:
-                raise
-            if choose:
+            reason = error
+            if choose and len(wanted) > 1:
                 session.say(f"{entry.name}: left out: {error}")
     if not plans:
-        raise UserError(f"it can be measured at none of --nfe {' '.join(map(str, wanted))}.")
+        raise reason
     return plans
 
 
@@ -221,6 +220,10 @@ def draw(words, folder, model, plan, asked, session):
     if eval_drawing.prepare(folder, made_with, asked, session.state):
         session.say(f"{words}: {folder} held images of other settings or captions; they are drawn anew.")
     files = eval_drawing.files_of(folder, protocol, asked.seeds)
+    there = sum(file.exists() for file in files)
+    if there:
+        session.say(f"{words}: {there:,} of {len(files):,} images are there already.")
+    session.state.wait_for_everyone()
     with session.progress(len(files), f"drawing {words}") as bar:
         eval_drawing.draw(plan, asked, files, settings.batch_size, session.state, protocol.jpeg, bar.update)
     return files
@@ -258,14 +261,15 @@ def measure_images(entry, images, session):
         row, details, missing = eval_measures.row_of(images, metrics, session.instruments, protocol._replace(seeds=1), prompts,
                                                      labels, settings.batch_size, session.state, bar.update)  # fmt: skip
     session.say(f"{entry.name}, {row['images']:,} images: {summary(row)}")
-    for name in missing[:3]:
-        session.say(f"  unreadable: {name}")
+    if missing:
+        session.say(f"warning: {entry.name}: {len(missing):,} of {len(images):,} images are unreadable: {', '.join(missing[:3])}")
     facts = {"source": entry.source, "kind": "images", "unreadable": missing[:100]}
     captions = (prompts or [])[: settings.shown]
     return Found({"images": row}, {"images": details}, {"images": shown(images, settings.shown)}, facts, captions)
 
 
 def summary(row):
-    """A row in a line."""
-    names = [name for name in report.columns_of({"": {"": row}}) if isinstance(row.get(name), (int, float))]
+    """A row in a line: its quality and times."""
+    names = [name for name in report.columns_of({"": {"": row}}) if name not in report.MINOR]
+    names = [name for name in names if isinstance(row[name], (int, float))]
     return "  ".join(f"{name} {row[name]:{report.COLUMNS.get(name, report.OTHER)}}" for name in names)

@@ -56,8 +56,8 @@ def load(name, weights=None, device="cpu", clean=False):
     content = Path(weights).read_bytes()
     try:
         module = torch.jit.load(io.BytesIO(content), map_location=device).eval()
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"--weights {name}={weights} is no TorchScript file ({_last_line(error)}).") from None
+    except (RuntimeError, ValueError):
+        raise UserError(f"--weights {name}={weights} is no TorchScript file.") from None
     flag, digest = f"--weights {name}={weights}", _digest(content)
     return _inception(module, flag, digest, device, clean) if name == "inception" else _torchscript(module, flag, digest, device)
 
@@ -117,7 +117,8 @@ def _called(flag, module, images, **options):
         if isinstance(error, torch.OutOfMemoryError):
             raise
         size = f"{images.shape[3]}x{images.shape[2]}"
-        raise UserError(f"{flag} cannot read images of {size} pixels ({_last_line(error)}).") from None
+        remedy = "; for a network of another kind give --extractor torchscript" if options else ""
+        raise UserError(f"{flag} cannot read images of {size} pixels ({_last_line(error)}){remedy}.") from None
     if not isinstance(found, torch.Tensor) or found.ndim != 2 or len(found) != len(images):
         what = f"shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
         raise UserError(f"{flag} gives {what} for {len(images)} images; features must be of shape ({len(images)}, D).")

@@ -28,6 +28,8 @@ COST = {
     "unreadable": ",d", "guidance_scale": "g", "scheduler": "",
 }  # fmt: skip
 COLUMNS = QUALITY | COST
+# what a terminal has no room for
+MINOR = frozenset({"digit", "foreground", "background", "images", "guidance_scale", "peak_memory_gib", "gmacs_per_image"})
 OTHER = ".4g"  # of a measure that has a spread, and is none of `COLUMNS`
 # what stands beside the models in report.json: no model can have such a name
 RESERVED = frozenset({"protocol", "record", "models", "scores", "captions", "environment"})
@@ -52,9 +54,9 @@ def columns_of(figures):
     return [name for name in found if name not in left_out]
 
 
-def text_table(figures):
-    """The measurements as an aligned text table."""
-    columns = columns_of(figures)
+def text_table(figures, narrow=False):
+    """The measurements as an aligned text table; `narrow`: without `MINOR` columns, for a terminal."""
+    columns = [name for name in columns_of(figures) if not narrow or name not in MINOR]
     lines = [["model", _second(figures), *columns]]
     lines += [[model, steps, *_cells(row, columns)] for model, steps, row in rows_of(figures)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -104,7 +106,7 @@ def write_report(folder, title, figures, facts, notes, samples, captions):
     more = shown is not None and shown != report_pictures.quality_keys(figures)
     pictures = [] if shown is None else ["report.png", *["frontier.png"] * more]
     write_page(folder, title, [figures], facts, notes, pictures, captions if samples else ())
-    return text_table(figures)
+    return text_table(figures, narrow=True)
 
 
 PAGE = """<!doctype html>

@@ -17,7 +17,7 @@ from PIL import Image
 
 # what a measure is called in a picture, in the order in which measures are drawn
 QUALITY = {
-    "all": "agreement with the prompt", "digit": "agreement with the digit", "fid": "FID", "frechet": "Fréchet distance",
+    "all": "agreement with what was asked", "digit": "agreement with the digit", "fid": "FID", "frechet": "Fréchet distance",
     "clip": "CLIP score", "hps": "HPS", "pickscore": "PickScore", "imagereward": "ImageReward", "aesthetic": "aesthetic score",
     "mps": "MPS", "kid": "KID", "inception_score": "Inception Score", "precision": "precision", "recall": "recall",
     "psnr_to_teacher": "PSNR to the teacher, dB",

@@ -44,8 +44,8 @@ beside $OTHER "$OUT/student_epd.log"
 
 echo "== 5/5 sample and measure"
 # shellcheck disable=SC2086
-OMP_NUM_THREADS="$CORES" python evaluate.py --teacher "assets/tiny-teacher,nfe=25/4/2/1" \
-    --model "bksdm=$OUT/student,nfe=25/4/2/1,scheduler=best" --model "slam=$OUT/slam" --model "bksdm+slam=$OUT" \
+OMP_NUM_THREADS="$CORES" python evaluate.py --teacher "assets/tiny-teacher,nfe=25/5/4/2/1" \
+    --model "bksdm=$OUT/student,nfe=25/5/4/2/1,scheduler=best" --model "slam=$OUT/slam" --model "bksdm+slam=$OUT" \
     --model "epd=$OUT/epd" --model "bksdm+epd=$OUT/student_epd" --output_dir "$OUT" ${DEMO_EVALUATE:-}
 echo "The smaller pipeline of four steps is in $OUT: DiffusionPipeline.from_pretrained(\"$OUT\"), guidance_scale=1."
 echo "Its sampler with parallel calls: python sample_epd.py --predictor_path $OUT/student_epd."

@@ -102,7 +102,7 @@ def test_frontier_has_a_curve_per_model_over_every_cost(tmp_path, figure):
     report_pictures.draw_frontier(tmp_path / "f.png", THREE)
     plots = figure[0].axes
     assert [plot.get_xlabel() for plot in plots] == list(report_pictures.COST.values()) * 2
-    assert [plot.get_ylabel() for plot in plots] == ["agreement with the prompt\nhigher is better", "",
+    assert [plot.get_ylabel() for plot in plots] == ["agreement with what was asked\nhigher is better", "",
                                                      "Fréchet distance\nlower is better", ""]  # fmt: skip
     assert [plot.get_yscale() for plot in plots] == ["linear"] * 2 + ["log"] * 2
     assert [label.get_text() for label in plots[0].get_xticklabels()] == ["1", "2", "4", "50"]
