@@ -224,11 +224,11 @@ def notes_of(args, session, found):
         notes.append("agreement: share of images in which a classifier reads the digit and the colours that were asked for (all: "
                      "in everything). frechet: distance to held-out real images in the classifier's features.")  # fmt: skip
     if any("psnr_to_teacher" in row for row in rows):
-        most = max(map(int, found["teacher"].figures))
+        most = max(int(nfe) for one in found.values() if one.target for nfe in one.figures)
         notes.append(f"psnr to teacher: peak signal-to-noise ratio in dB to the teacher's images of {most} calls, from the "
                      "same noise.")  # fmt: skip
-    notes.append("±: standard deviation over sets of seeds; of kid and inception score over subsets; of times over repeats; of mean "
-                 "scores the standard error.")  # fmt: skip
+    notes.append("±: standard deviation over sets of seeds; of kid and inception score over subsets; of times over repeats; of "
+                 "mean scores the standard error.")  # fmt: skip
     if any("total_nfe" in row for row in rows):
         notes.append("nfe: network calls one after the other. total nfe: images through the network for an image, two for a guided "
                      "call. seconds alone: an image at batch 1; seconds per image: in full batches; medians of whole pipeline "

@@ -232,10 +232,14 @@ def test_rewards_have_all_their_statistics(coco, measured, tmp_path, monkeypatch
 
 
 def test_budgets_that_a_scheduler_cannot_meet_are_left_out(tmp_path, capsys):
-    evaluate.main(["--teacher", f"{TEACHER},scheduler=pndm,nfe=4/2", "--samples", "50", "--seeds", "1", "--latency_repeats", "0",
+    evaluate.main(["--teacher", f"mine={TEACHER},scheduler=pndm,nfe=4/3/2", "--samples", "50", "--seeds", "1", "--latency_repeats", "0",
                    "--output_dir", str(tmp_path)])  # fmt: skip
-    assert "left out: PNDMScheduler cannot make exactly 2 network calls" in capsys.readouterr().out
-    assert list(json.loads((tmp_path / "report.json").read_text())["teacher"]) == ["4"]
+    printed = capsys.readouterr().out
+    assert "left out: PNDMScheduler cannot make exactly 2 network calls" in printed
+    assert "Warning: 50 images where the protocol has 600" in printed
+    rows = json.loads((tmp_path / "report.json").read_text())["mine"]
+    assert list(rows) == ["4", "3"] and "psnr_to_teacher" in rows["3"]
+    assert "images of 4 calls" in (tmp_path / "report.html").read_text()
 
 
 def test_watch_takes_every_finished_checkpoint_once(training, coco, tmp_path, monkeypatch, capsys):
