@@ -232,8 +232,8 @@ def test_rewards_have_all_their_statistics(coco, measured, tmp_path, monkeypatch
 
 
 def test_budgets_that_a_scheduler_cannot_meet_are_left_out(tmp_path, capsys):
-    evaluate.main(["--teacher", f"mine={TEACHER},scheduler=pndm,nfe=4/3/2", "--samples", "50", "--seeds", "1", "--latency_repeats", "0",
-                   "--output_dir", str(tmp_path)])  # fmt: skip
+    evaluate.main(["--teacher", f"mine={TEACHER},scheduler=pndm,nfe=4/3/2", "--samples", "50", "--seeds", "1",
+                   "--latency_repeats", "0", "--output_dir", str(tmp_path)])  # fmt: skip
     printed = capsys.readouterr().out
     assert "left out: PNDMScheduler cannot make exactly 2 network calls" in printed
     assert "Warning: 50 images where the protocol has 600" in printed
