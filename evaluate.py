@@ -8,6 +8,7 @@ it was, and any number of processes gives the same figures.
 import argparse
 import datetime
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -15,7 +16,6 @@ from pathlib import Path
 from brisk import options, protocols
 
 ROOT = Path(__file__).resolve().parent
-TEACHER = ROOT / "assets/tiny-teacher"
 KEYS = {"nfe": None, "guidance_scale": float, "scheduler": str, "resolution": int, "iterations": int,
         "reuse": options.boolean, "vae": str, "model": str}  # fmt: skip
 
@@ -130,7 +130,8 @@ def read_entries(args):
     """(the teacher's `Entry` or None, [other entries]). UserError for bad names and for sources that are not there."""
     from brisk import eval_run, report
 
-    teacher = args.teacher or (str(TEACHER) if args.protocol == "builtin" and not args.images and not args.watch else "none")
+    own = os.path.relpath(ROOT / "assets/tiny-teacher")  # as it is written into the report
+    teacher = args.teacher or (own if args.protocol == "builtin" and not args.images and not args.watch else "none")
     teacher = None if teacher == "none" else read_entry(teacher, "--teacher", "teacher")
     if teacher and args.protocol == "builtin":
         teacher.keys.setdefault("scheduler", "best")
