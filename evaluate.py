@@ -149,8 +149,8 @@ def read_entries(args):
     if watched and not Path(watched[0].source).is_dir():
         raise options.UserError(f"--watch {watched[0].source} is no folder.")
     for entry in [*([teacher] if teacher else []), *entries]:
-        is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", entry.source) and not entry.is_images
-        if not Path(entry.source).exists() and not (is_hub_id and entry.source.count("/") == 1):
+        is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", entry.source) and not entry.is_images
+        if not Path(entry.source).exists() and not is_hub_id:
             raise options.UserError(f"{entry.name}: '{entry.source}' is neither a file nor a folder.")
     return teacher, entries
 
@@ -164,7 +164,7 @@ def missing_files(args, protocol, weights):
         missing.append(f"the Inception network (--weights inception=FILE, {feature_extractors.INCEPTION_URL})")
     if protocol.extractor != "handwriting" and distances - {"is"} and not args.reference:
         missing.append(f"the reference (--reference, {protocol.reference or 'real images or their statistics'})")
-    if protocol.prompts and (args.model or args.teacher) and not args.prompt_file:
+    if protocol.prompts and (args.model or args.teacher or args.watch) and not args.prompt_file:
         missing.append(f"captions (--prompt_file, {protocol.prompts})")
     return missing
 
@@ -203,7 +203,7 @@ def record_of(args, session, changed):
     record = {**protocol._asdict(), "changed_by_flags": changed, "class_balance": conditions.get(protocol.conditions),
               "extractor_weights": extractor and extractor.digest, "reference_used": reference and reference.source,
               "reference_images": reference and reference.count, "reference_digest": reference and reference.digest,
-              "weights": args.weights, "prompt_file": args.prompt_file,
+              "weights": args.weights, "teacher": args.teacher, "prompt_file": args.prompt_file,
               "negative_prompt": args.negative_prompt, "pattern": args.pattern, "watched": args.watch,
               "dtype": args.dtype, "allow_tf32": args.allow_tf32, "compile": args.compile, "batch_size": args.batch_size,
               "latency_repeats": args.latency_repeats, "processes": session.state.num_processes}  # fmt: skip
@@ -224,8 +224,8 @@ def notes_of(args, session, found):
     if protocol.extractor == "handwriting":
         notes.append("agreement: share of images in which a classifier reads the digit and the colours that were asked for (all: "
                      "in everything). frechet: distance to held-out real images in the classifier's features.")  # fmt: skip
-    if any("psnr_to_teacher" in row for row in rows):
-        most = max(int(nfe) for one in found.values() if one.target for nfe in one.figures)
+    most = max((int(nfe) for one in found.values() if one.target for nfe in one.figures), default=None)
+    if most and any("psnr_to_teacher" in row for row in rows):
         notes.append(f"psnr to teacher: peak signal-to-noise ratio in dB to the teacher's images of {most} calls, from the "
                      "same noise.")  # fmt: skip
     notes.append("±: standard deviation over sets of seeds; of kid and inception score over subsets; of times over repeats; of "
