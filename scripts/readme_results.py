@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write the tables of results in README.md and docs/ from the reports kept in docs/results/; no figure in them is typed by hand.
+"""Write the tables of results in README.md and docs/ from the reports kept in docs/reports/; no figure in them is typed by hand.
 
 A table stands between `<!-- results: NAME -->` and `<!-- end of results -->`. --add takes the report of a run of a demo.
 """
@@ -8,13 +8,14 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 from brisk import options
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "docs/results"
+FOLDER = ROOT / "docs/reports"
 MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 QUALITY = (("digit", "digit", ".3f"), ("foreground", "foreground", ".3f"), ("background", "background", ".3f"),
            ("all three", "all", ".3f"), ("Fréchet", "frechet", ".2f"))  # fmt: skip
@@ -25,7 +26,7 @@ class Table(NamedTuple):
     """What a table shows of a report."""
 
     command: str  # that made the report
-    report: str  # name of its file in docs/results
+    report: str  # name of its file in docs/reports
     models: dict  # {name in the report: name in the table}
     columns: tuple  # (header, key of the row, format)
     root: str | None = None  # the key under which the report has its figures
@@ -74,7 +75,7 @@ def parse_args(argv=None):
     """The namespace; see `--help`."""
     parser = options.Parser(__doc__)
     parser.add_argument("--add", action="append", default=[], metavar="NAME=FILE",
-                        help="take this report.json as docs/results/NAME.json")  # fmt: skip
+                        help="take this report.json as docs/reports/NAME.json")  # fmt: skip
     options.add_flag(parser, "--check", "change nothing; exit with 1 if a table is not what its report says")
     args, _ = options.parse(parser, argv)
     return args
@@ -107,9 +108,10 @@ def origin(table, report):
     facts, record = report["environment"], report.get("record", {})
     images = record["samples"] * record["seeds"] if record else report["samples_per_seed"] * report["seeds"]
     seeds = record.get("seeds", report.get("seeds"))
-    return (f"`{table.command}`, commit {facts['commit'][:7]}, {facts['cpu_cores']} cores, {facts['device']}, "
+    text = (f"`{table.command}`, commit {facts['commit'][:7]}, {facts['cpu_cores']} cores, {facts['device']}, "
             f"torch {facts['packages']['torch']}; {images:,} images per row in {seeds} sets, ± is the standard deviation over "
             "them.")  # fmt: skip
+    return textwrap.fill(text, 118)
 
 
 def render(name):
@@ -120,7 +122,7 @@ def render(name):
     try:
         report = json.loads((FOLDER / f"{table.report}.json").read_text())
     except (OSError, ValueError) as error:
-        raise options.UserError(f"docs/results/{table.report}.json cannot be read ({error}); run {table.command} and give --add "
+        raise options.UserError(f"docs/reports/{table.report}.json cannot be read ({error}); run {table.command} and give --add "
                                 f"{table.report}=REPORT.") from None  # fmt: skip
     lines = [["model", table.steps, *(header for header, _, _ in table.columns)]]
     lines += [["---"] * len(lines[0]), *rows_of(table, report)]

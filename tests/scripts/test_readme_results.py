@@ -37,12 +37,12 @@ FPDM = {
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder in place of the repository: a README with the quickstart's table, two reports in docs/results."""
+    """A folder in place of the repository: a README with the quickstart's table, two reports in docs/reports."""
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    monkeypatch.setattr(results, "FOLDER", tmp_path / "docs/results")
-    (tmp_path / "docs/results").mkdir(parents=True)
-    (tmp_path / "docs/results/quickstart.json").write_text(json.dumps(QUICKSTART))
-    (tmp_path / "docs/results/demo_fpdm.json").write_text(json.dumps(FPDM))
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "docs/reports")
+    (tmp_path / "docs/reports").mkdir(parents=True)
+    (tmp_path / "docs/reports/quickstart.json").write_text(json.dumps(QUICKSTART))
+    (tmp_path / "docs/reports/demo_fpdm.json").write_text(json.dumps(FPDM))
     (tmp_path / "README.md").write_text(MARKED)
     return tmp_path
 
@@ -75,7 +75,7 @@ def test_line_below_says_where_figures_come_from(place):
 
 def test_only_rows_of_the_budget_are_shown_and_figures_may_be_below_a_key(place):
     _, _, *rows = results.render("fpdm").split("\n\n")[0].splitlines()
-    assert rows == ["| DiT | 5 | 0.123 | 0.900 | 4.00 | 500.0 |"]
+    assert rows == ["| DiT | 5 | 0.123 | 0.900 | 4.00 |"]
 
 
 def test_pages_are_written_once_and_nothing_else_in_them_changes(place, capsys):
@@ -93,7 +93,7 @@ def test_check_fails_on_a_stale_page_and_changes_nothing(place, capsys):
     assert (place / "README.md").read_text() == MARKED
     call()
     assert call("--check") == 0
-    (place / "docs/results/quickstart.json").write_text(json.dumps(QUICKSTART).replace("0.963", "0.964"))
+    (place / "docs/reports/quickstart.json").write_text(json.dumps(QUICKSTART).replace("0.963", "0.964"))
     assert call("--check") == 1
 
 
@@ -124,7 +124,7 @@ def test_every_table_has_its_place_in_the_readme_and_no_other_is_marked():
 
 
 def test_tables_of_this_repository_are_what_its_reports_say(capsys):
-    missing = [f"docs/results/{table.report}.json" for table in results.TABLES.values()
+    missing = [f"docs/reports/{table.report}.json" for table in results.TABLES.values()
                if not (results.FOLDER / f"{table.report}.json").is_file()]  # fmt: skip
     assert not missing, f"reports of the demos are not there: {', '.join(missing)}; give them to scripts/readme_results.py --add"
     assert call("--check") == 0, capsys.readouterr().out
