@@ -353,3 +353,21 @@ def test_bad_input_is_one_sentence(flags, message, tmp_path):
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         evaluate.main(["--output_dir", str(tmp_path / "out"), "--latency_repeats", "0", *flags])
     assert "\n" not in str(caught.value) and "reward." not in str(caught.value)
+
+
+def test_the_other_flags_reach_what_they_name(coco, tmp_path):
+    """Features of another network, its own resize filter, half precision, seeds, samples shown, some files of a folder."""
+    tiny_extractor.write_features(tmp_path / "features.pt", 5)
+    flags = ["--protocol", "custom", "--extractor", "torchscript", "--weights", f"torchscript={tmp_path / 'features.pt'}",
+             "--metrics", "frechet", "--resize", "8", "--resize_filter", "box", "--reference", str(coco[0] / "real"),
+             "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    evaluate.main([*flags, "--model", f"sd={TEACHER},nfe=1", "--prompt_file", str(coco[0] / "captions.csv"), "--samples", "8",
+                   "--first_seed", "7", "--dtype", "bf16", "--negative_prompt", "a blue handwritten one on a red background",
+                   "--shown", "2", "--latency_repeats", "0"])  # fmt: skip
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    record, plan = report["record"], report["models"]["sd"]["plans"]["1"]
+    assert record["resize_filter"] == "box" and record["dtype"] == "bf16" and len(report["captions"]) == 2
+    assert plan["negative_prompt"].startswith("a blue") and np.isfinite(report["sd"]["1"]["frechet"])
+    assert [path.name for path in sorted((tmp_path / "out/images").rglob("*.png"))][0] == "000007.png"
+    evaluate.main([*flags, "--images", str(coco[0] / "real"), "--pattern", "0*.png"])
+    assert json.loads((tmp_path / "out/report.json").read_text())["real"]["images"]["images"] == 10
