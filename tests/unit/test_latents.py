@@ -268,10 +268,11 @@ def test_the_first_shard_is_opened_once_before_training(tmp_path, monkeypatch):
     opened, read = [], data.read_shard
     monkeypatch.setattr(data, "read_shard", lambda url: opened.append(url) or read(url))
     options = write_shards(tmp_path, plain_members, manifest={"count": 12})
+    first = f"{tmp_path}/0.tar"  # counted by name: the thread of an abandoned loader may still open shards of its own
     rows = latents.open_rows(options, print)
-    assert latents.read_facts(options, rows)["count"] == 12 and len(opened) == 1
+    assert latents.read_facts(options, rows)["count"] == 12 and opened.count(first) == 1
     latents.open_rows(options, print)
-    assert len(opened) == 2, "a new run looks anew"
+    assert opened.count(first) == 2, "a new run looks anew"
 
 
 def test_bad_shards(tmp_path):
