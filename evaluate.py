@@ -282,6 +282,18 @@ def restore(session, run, record):
     return found
 
 
+def say_replaced(args, session, names):
+    """Print which models of an earlier report in --output_dir the report of the models `names` will not have."""
+    from brisk import image_folder
+
+    run = Path(read_entry(args.watch, "--watch").source) if args.watch else None
+    before = image_folder.read_json(session.output / "report.json")
+    models = before["models"] if "protocol" in before else {}  # else it is none of this script's
+    lost = [name for name, facts in models.items() if name not in names and Path(facts["source"]).parent != run]
+    if lost:
+        session.say(f"{session.output}/report.json holds the figures of {', '.join(lost)}: the new report replaces it.")
+
+
 def measure_checkpoint(entry, session, target):
     """(`eval_run.Found` or None, why not): all processes agree, also where one finds the checkpoint gone meanwhile."""
     from accelerate.utils import gather_object
@@ -368,6 +380,7 @@ def main(argv=None):
     # the others wait while the first measures times
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=datetime.timedelta(days=1))
     session = open_session(args, protocol, state)
+    say_replaced(args, session, [entry.name for entry in [*([teacher] if teacher else []), *entries]])
     try:
         measure_all(args, session, changed, teacher, entries)
     except KeyboardInterrupt:

@@ -84,7 +84,9 @@ def parse_args(argv=None):
 def check_flags(args):
     """UserError for flags that contradict each other."""
     rules = (
-        ((args.predictor_path is None) == (args.solver is None), "give either --predictor_path or --solver."),
+        (not args.predictor_path and not args.solver, "give either --predictor_path or --solver."),
+        (args.predictor_path and args.solver, "give either --predictor_path or --solver: a plain solver takes a predictor's model, "
+         "levels and guidance as flags, --predictor_path with --describe prints them."),
         (args.describe and not args.predictor_path, "--describe needs --predictor_path."),
         (args.prompt_index == "seed" and not args.prompt_file, "--prompt_index seed needs --prompt_file."),
         (args.use_fp16 and args.dtype not in (None, "fp16"), f"--use_fp16 and --dtype {args.dtype} differ: give one."),
@@ -137,6 +139,21 @@ def resolve(args, predictor):
     if args.guidance_type in ("cfg", "cg") and args.guidance_rate is None:
         raise options.UserError(f"--guidance_type {args.guidance_type} needs --guidance_rate.")
     return wanted, config, said
+
+
+def load_model(wanted, predictor, device, dtype):
+    """The `Denoiser` of `ModelOptions`. UserError, which tells of a place that the predictor recorded that it did."""
+    from brisk import denoiser_sources
+
+    try:
+        return denoiser_sources.load(wanted, device, dtype)
+    except options.UserError as error:
+        config = (predictor.model.get("backend_config") or {}) if predictor else {}
+        flag, place = ("--gmm_file", wanted.gmm_file) if wanted.gmm_file else (denoiser_sources.FLAG, wanted.source)
+        if place is None or place not in config.values() or place not in str(error):
+            raise
+        raise options.UserError(f"{str(error).rstrip('.')}; the predictor {predictor.name} recorded {place}, {flag} gives another "
+                                "place.") from None  # fmt: skip
 
 
 def refuse(sentences, force):
@@ -329,7 +346,7 @@ def main(argv=None):
     family = denoiser_sources.family_of(wanted.dataset_name, wanted.backend)
     asked = args.dtype or ("fp16" if args.use_fp16 else None)
     precision, warning = epd_sampling.precision_of(asked, config.get("torch_dtype"), family, state.device)
-    denoiser = denoiser_sources.load(wanted, state.device, sd_models.DTYPES[precision])
+    denoiser = load_model(wanted, known, state.device, sd_models.DTYPES[precision])
     said += [warning] * bool(warning)
     if known is not None:
         said += refuse(epd_sampling.denoiser_conflicts(known, denoiser), args.force_model)

@@ -8,6 +8,7 @@ Settings come from the sections of a YAML file, `--override section.key=value` o
 
 import dataclasses
 import datetime
+import functools
 import json
 import sys
 import time
@@ -70,10 +71,7 @@ def read_start(settings, stated, prefer_yaml):
     """(start predictor, merged settings, sentences on what was overridden, whether its levels are other ones). UserError."""
     from brisk import predictor_files
 
-    try:
-        start = predictor_files.load(settings["data.predictor_snapshot"])
-    except options.UserError as error:
-        raise options.UserError(str(error).replace("--predictor_path", "data.predictor_snapshot")) from None
+    start = predictor_files.load(settings["data.predictor_snapshot"])
     return start, *epd_rl_options.merge_model(settings, stated, start, prefer_yaml)
 
 
@@ -153,6 +151,21 @@ def check_processes(args, settings, accelerator):
         raise options.UserError(f"{what} among {processes} processes.")
 
 
+def naming_keys(run):
+    """`run(argv)`, whose errors speak of keys where keys were written, not of the flags of other scripts."""
+
+    @functools.wraps(run)
+    def named(argv=None):
+        try:
+            run(argv)
+        except options.UserError as error:
+            origins = parse_args(argv)[0].origins  # where this fails, it does with the same error
+            raise options.UserError(epd_rl_options.in_keys(str(error), origins), error.exit_code) from None
+
+    return named
+
+
+@naming_keys
 def main(argv=None):
     # 1 options
     args, given, settings, stated = parse_args(argv)
@@ -209,7 +222,7 @@ def main(argv=None):
     learned = epd_rl.learns_scales(start, wanted)
     effects = epd_rl_options.effects(args, settings, accelerator.mixed_precision, denoiser.takes)
     for sentence in options.without_effect(given, effects):
-        log.warning(sentence)
+        log.warning(epd_rl_options.in_keys(sentence, args.origins))
     if settings["model.backend_options.enable_model_cpu_offload"]:
         log.warning("model.backend_options.enable_model_cpu_offload has no effect: the model stays on the device.")
     if start.solver.afs:
@@ -260,7 +273,7 @@ def main(argv=None):
         epd_rl.check_same_start(resume, policy, changed)
         accelerator.load_state(str(resume))
         for sentence in [*changed, *options.changed_options(saved["options"], flags)]:
-            log.warning(sentence)
+            log.warning(epd_rl_options.in_keys(sentence, args.origins))
         log.info(f"Resuming from {resume}: step {step} of {args.max_train_steps}.")
 
     # 9 manifest and dry run

@@ -120,12 +120,14 @@ def make_student(args, teacher, warn):
     """(student, None, width of its timestep_cond), or for LoRA (the teacher itself, LoraConfig, None)."""
     from brisk import sd_models
 
+    if teacher.config.time_cond_proj_dim:
+        warn(f"The teacher takes a timestep_cond of width {teacher.config.time_cond_proj_dim}: it is guidance-distilled already, "
+             f"and --w_scale {args.w_scale:g} guides it once more; --pretrained_teacher_model should be the model that it was "
+             "distilled from.")  # fmt: skip
     if args.use_lora:
         targets = args.lora_target_modules.split(",") if args.lora_target_modules else sd_models.LORA_TARGETS
         return teacher, sd_models.add_lora(teacher, args.lora_rank, args.lora_alpha, args.lora_dropout, targets), None
     cond_dim = teacher.config.time_cond_proj_dim or args.unet_time_cond_proj_dim
-    if teacher.config.time_cond_proj_dim:
-        warn(f"The teacher takes a timestep_cond of width {cond_dim}: it is guidance-distilled already.")
     return sd_models.create_student(teacher, cond_dim, args.cond_proj_init), None, cond_dim
 
 

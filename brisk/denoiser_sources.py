@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from brisk import denoisers, sd_models
+from brisk import denoisers, hub, sd_models
 from brisk.options import UserError
 from brisk.pipeline_denoisers import NETWORKS, from_pipeline
 
@@ -134,7 +134,7 @@ def _load_pipeline(source, wanted, family, dtype):
     try:
         return diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype, variant=wanted.variant, **options, **parts)
     except Exception as error:  # the libraries raise their own, safetensors' and OSError
-        raise UserError(f"{FLAG} {source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{FLAG} {source} cannot be loaded: {hub.why(error, source)}") from None
 
 
 def _bare_pipeline(folder, family, dtype):
@@ -178,4 +178,4 @@ def load_classifier(name, device="cpu"):
         raise UserError(f"--classifier {name} is no module:function that can be imported and called: {error}.") from None
     if not callable(found):
         raise UserError(f"--classifier {name} returned a {type(found).__name__}, not a callable classifier.")
-    return found.to(device).eval() if isinstance(found, torch.nn.Module) else found
+    return denoisers.frozen(found.to(device)) if isinstance(found, torch.nn.Module) else found

@@ -234,7 +234,8 @@ def make_start(content, denoiser, levels, settings, learned):
     config = {name.removeprefix(place): value for name, value in settings.items()
               if name.startswith(place) and isinstance(value, str)}  # fmt: skip
     config.pop("cache_dir", None)
-    config = {name: redact(value) for name, value in config.items()}
+    config = {name: epd_run.from_anywhere(value) if name in ("model_name_or_path", "gmm_file") else redact(value)
+              for name, value in config.items()}  # fmt: skip
     config = (content.model.get("backend_config") or {}) | config | {"resolution": denoiser.resolution}
     model = content.model | {"dataset": settings["model.dataset_name"], "backend": denoiser.family, "backend_config": config,
                              "img_resolution": denoiser.resolution, "guidance_type": settings["model.guidance_type"],

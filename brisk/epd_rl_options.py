@@ -65,6 +65,10 @@ FLAGS = {"run.output_root": "output_dir", "run.run_name": "run_name", "run.seed"
          "logging.log_interval": "log_every", "logging.save_interval": "checkpointing_steps"}  # fmt: skip
 ALIASES = {"model.backend_options.model_id": "model.backend_options.model_name_or_path"}
 NULLS = ("", "~", "null", "Null", "NULL", "None")
+OTHERS_FLAGS = {name: f"model.{name}" for name in ("dataset_name", "backend", "resolution")} | {
+    "pretrained_model_name_or_path": "model.backend_options.model_name_or_path", "gmm_file": "model.backend_options.gmm_file",
+    "predictor_path": "data.predictor_snapshot",
+}  # of flags of other scripts
 PLACE = "model.backend_options."  # where the model lies: the predictor's file says it for the machine that it was made on
 
 
@@ -93,6 +97,16 @@ def read_config(path):
     return found
 
 
+def _token(parser, key, flag, text, where):
+    """The command line's word for a key that is a flag. UserError that names the key."""
+    token = f"--{flag}={int(text, 16) if re.fullmatch(r'0[xX][0-9a-fA-F]+', text) else text}"
+    try:
+        parser.parse_known_args([token])
+    except UserError as error:
+        raise UserError(f"{where}: {key}: {str(error).partition(': ')[2]}.") from None
+    return token
+
+
 def _split_override(text):
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
@@ -117,6 +131,8 @@ def _value(key, text, where):
 def parse(parser, argv, config_folder):
     """(namespace, names of flags that were given, settings, stated keys) of a command line. UserError.
 
+    The namespace has `origins` for `in_keys` too.
+
     Args: `parser`: the `options.Parser` of all flags, `--config` and `--override` among them.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -128,7 +144,7 @@ def parse(parser, argv, config_folder):
     sources = [(key, text, f"--config {path}") for key, text in (read_config(path) if path else {}).items()]
     sources += [(*_split_override(text), "--override") for text in chosen.override]
     flags = {option[2:] for option in parser._option_string_actions if option.startswith("--")} - {"config", "override", "help"}
-    tokens, settings, stated = [], {key: default for key, (default, _) in KEYS.items()}, set()
+    tokens, settings, stated, origins = [], {key: default for key, (default, _) in KEYS.items()}, set(), {}
     for key, text, where in sources:
         key = ALIASES.get(key, key)
         flag = FLAGS.get(key, key.replace("-", "_"))
@@ -138,10 +154,24 @@ def parse(parser, argv, config_folder):
         elif flag not in flags:
             raise UserError(f"{where} has an unknown key '{key}'{options.nearest(key, [*KEYS, *FLAGS, *flags])}.")
         elif text not in NULLS:
-            tokens.append(f"--{flag}={int(text, 16) if re.fullmatch(r'0[xX][0-9a-fA-F]+', text) else text}")
+            tokens.append(_token(parser, key, flag, text, where))
+            origins[parser._option_string_actions[f"--{flag}"].dest] = (key, where)
     args, given = options.parse(parser, tokens + rest, config_folder)
     args.config, args.override = chosen.config, chosen.override
+    alone, _ = options.parse(parser, tokens, config_folder)
+    args.origins = {name: origin for name, origin in origins.items() if getattr(args, name) == getattr(alone, name)}
     return args, given, settings, stated
+
+
+def in_keys(sentence, origins):
+    """A `sentence` that speaks of flags, for who wrote keys: flags of other scripts, and those that the file or an override gave.
+
+    Args: `origins`: the latter, {flag: (key, where it stands)}.
+    """
+    keys = OTHERS_FLAGS | {name: key for name, (key, _) in origins.items()}
+    places = [origins[name][1] for name in re.findall(r"--(\w+)", sentence) if name in origins]
+    said = re.sub(r"--(\w+)", lambda found: keys.get(found[1], found[0]), sentence)
+    return f"{places[0]}: {said}" if places else said
 
 
 def check(settings, stated):

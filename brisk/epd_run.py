@@ -3,6 +3,7 @@
 Letters: N noise levels, K points per interval, S = N - 1 intervals.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -148,6 +149,12 @@ def load_feature(path, denoiser):
     return feature
 
 
+def from_anywhere(source):
+    """A local folder or file (FILE:NAME too) by its whole path, without secrets; a hub id or None as it is."""
+    file, colon, name = (source or "").partition(":")
+    return source and redact(os.path.abspath(file) + colon + name if Path(file).exists() else source)
+
+
 def make_predictor(name, args, denoiser, levels, raw, training):
     """The `predictor.Predictor` `name` of raw tables (S, K) trained with the flags `args` on N noise `levels`. UserError.
 
@@ -159,9 +166,9 @@ def make_predictor(name, args, denoiser, levels, raw, training):
                 "sigma_max": levels[0], "sigmas": levels}  # fmt: skip
     if denoiser.flow:
         schedule["flow"] = {"shift": denoiser.shift, "mu": denoiser.mu}
-    source = args.pretrained_model_name_or_path
-    config = {"model_name_or_path": source and redact(source), "revision": args.revision, "variant": args.variant,
-              "gmm_file": args.gmm_file, "resolution": denoiser.resolution, "round_timesteps": args.round_timesteps or None,
+    source, mixture = map(from_anywhere, (args.pretrained_model_name_or_path, args.gmm_file))
+    config = {"model_name_or_path": source, "revision": args.revision, "variant": args.variant,
+              "gmm_file": mixture, "resolution": denoiser.resolution, "round_timesteps": args.round_timesteps or None,
               "clip_denoised": args.clip_denoised}  # fmt: skip
     model = {"dataset": args.dataset_name, "backend": denoiser.family, "img_resolution": denoiser.resolution,
              "backend_config": {key: value for key, value in config.items() if value is not None},

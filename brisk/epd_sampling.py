@@ -195,7 +195,7 @@ def model_conflicts(predictor, wanted, guidance_type, guidance_rate):
 def other_model(predictor, source):
     """[a sentence] where the model `source` is not the one that a predictor names, else []."""
     stored = source_of(predictor.model.get("backend_config") or {})
-    if None in (stored, source) or source == stored:
+    if None in (stored, source) or os.path.abspath(source) == os.path.abspath(stored):
         return []
     return [f"the predictor {predictor.name} was made for {stored}: on another model its table is a guess."]
 

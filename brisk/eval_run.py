@@ -94,6 +94,11 @@ def budgets(entry, model, protocol, asked):
     return protocol.nfe or [None]
 
 
+def calls(nfe):
+    """A number of network calls in words."""
+    return f"{nfe} call{'s' * (nfe != 1)}"
+
+
 def best_scheduler(model, session, nfe, how):
     """The name of the scheduler that agrees best with the captions at `nfe` calls, chosen on images of another seed.
 
@@ -105,11 +110,14 @@ def best_scheduler(model, session, nfe, how):
         captions = builtin_protocol.captions_of(labels)
         first = protocol.first_seed + protocol.seeds * protocol.samples
         seeds = list(range(first, first + len(captions)))
-        for name in eval_models.CHOICES:
-            plan = eval_models.plan(model, nfe, scheduler=name, **how)
-            drawn = [plan.draw(captions[row : row + size], seeds[row : row + size]) for row in range(0, len(captions), size)]
-            images = torch.from_numpy(np.concatenate(drawn)).permute(0, 3, 1, 2) / 127.5 - 1
-            scores[name] = scorers.prompt_agreement(session.instruments.oracle, images, *labels)["all"]
+        with session.progress(len(eval_models.CHOICES) * len(captions), f"choosing a scheduler for {calls(nfe)}") as bar:
+            for name in eval_models.CHOICES:
+                plan, drawn = eval_models.plan(model, nfe, scheduler=name, **how), []
+                for row in range(0, len(captions), size):
+                    drawn.append(plan.draw(captions[row : row + size], seeds[row : row + size]))
+                    bar.update(len(drawn[-1]))
+                images = torch.from_numpy(np.concatenate(drawn)).permute(0, 3, 1, 2) / 127.5 - 1
+                scores[name] = scorers.prompt_agreement(session.instruments.oracle, images, *labels)["all"]
     chosen = [max(scores, key=scores.get, default=None)]
     return broadcast_object_list(chosen)[0]
 
@@ -171,7 +179,7 @@ def measure_model(entry, session, target=None, is_target=False):
     found = Found({}, {}, {}, facts, [str(condition) for condition in (asked.conditions or [])[: settings.shown]])
     prompts = asked.conditions if model.takes == "prompts" else None
     for plan in sorted(plans, key=lambda plan: plan.nfe, reverse=True):
-        key, words = str(plan.nfe), f"{entry.name}, {plan.nfe} call{'s' * (plan.nfe != 1)}"
+        key, words = str(plan.nfe), f"{entry.name}, {calls(plan.nfe)}"
         files = draw(words, folder_of(entry.name, plan.nfe, session), model, plan, asked, session)
         images = eval_measures.open_drawn(files, protocol)
         with session.progress(len(files), f"measuring {words}") as bar:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from brisk import denoiser_sources, denoisers, epd_sampling, fpdm, image_folder, predictor_files, sd_models
+from brisk import denoiser_sources, denoisers, epd_sampling, fpdm, hub, image_folder, predictor_files, sd_models
 from brisk.fpdm_pipeline import FPDMPipeline
 from brisk.options import UserError
 
@@ -45,7 +45,7 @@ def stock_pipeline(source, vae, dtype):
     try:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype, **parts)
     except Exception as error:  # the libraries raise their own, safetensors' and OSError
-        raise UserError(f"{source} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{source} cannot be loaded: {hub.why(error, source)}") from None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

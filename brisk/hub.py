@@ -1,11 +1,32 @@
-"""The Hugging Face hub: make the repository before training, upload the result after it."""
+"""The Hugging Face hub: make the repository before training, upload the result after it; why a model cannot be had."""
 
+import re
 from pathlib import Path
 
 from brisk.options import UserError, redact
 
 NOT_UPLOADED = ["checkpoint-*", "checkpoint-*/**", "earlier-*/**", ".checkpoint-*", ".checkpoint-*/**",
                 "checkpoints/**", "logs/**", "*.tmp"]  # fmt: skip
+
+
+def why(error, source=None, limit=300):
+    """Why something of the hub or of a folder cannot be loaded, in a clause of at most `limit` characters.
+
+    Args: `source`: folder or hub id; the clause ends with what to do about an id that cannot be reached.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    text, cause = " ".join(str(error).split())[:limit], error
+    while cause is not None and not isinstance(cause, LocalEntryNotFoundError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:  # of which the libraries say that the repository lacks the file
+        away = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
+        text = f"its files are not all in the cache and {away}"
+    is_id = source is not None and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) and not Path(source).is_dir()
+    if not is_id or (cause is None and not constants.HF_HUB_OFFLINE):
+        return text
+    return f"{text.rstrip('.')}; give a folder, or get it beforehand by `hf download {source}`."
 
 
 def create_repository(output_dir, model_id, token):

@@ -111,12 +111,14 @@ def write_report(folder, title, figures, facts, notes, samples, captions):
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 100rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
 .table {{ overflow-x: auto }}
-table {{ border-collapse: collapse; margin-bottom: 1.5rem; font-variant-numeric: tabular-nums; white-space: nowrap }}
-td, th {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right }}
+table {{ border-collapse: collapse; margin-bottom: 1.5rem; font-size: .85rem; font-variant-numeric: tabular-nums }}
+td, th {{ padding: .25rem .5rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: bottom }}
+td {{ white-space: nowrap }} small {{ color: #777 }}
+td:first-child, th:first-child {{ position: sticky; left: 0; background: #fff }}
 td:nth-child(-n+2), th:nth-child(-n+2), td.words, th.words {{ text-align: left }}
-img {{ max-width: 100% }} pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto }}
+img {{ max-width: 100% }} pre {{ background: #f6f6f6; padding: 1rem; white-space: pre-wrap }}
 </style></head><body><h1>{title}</h1>{summary}
 {tables}{pictures}{captions}{notes}
 <h2>How it was measured</h2><pre>{facts}</pre></body></html>
@@ -192,8 +194,9 @@ def _html_table(figures):
         return f"<th{_words(name)}>{html.escape(name.replace('_', ' '))}{arrow}</th>"
 
     def cell(row, name, text):
-        text = html.escape(text)
-        marked = f"<b>{text}</b>" if best.get(name) is not None and row.get(name) == best[name] else text
+        value, plus_minus, spread = html.escape(text).partition(" ± ")
+        marked = f"<b>{value}</b>" if best.get(name) is not None and row.get(name) == best[name] else value
+        marked += f" <small>±{spread}</small>" if plus_minus else ""
         return f"<td{_words(name)}>{marked}</td>"
 
     lines = "".join(

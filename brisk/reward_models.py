@@ -26,6 +26,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from brisk import hub
 from brisk.options import UserError
 
 # ImageReward (arXiv 2304.05977): statistics of its training set; tokens of a prompt; heads of ViT-L/16; of BERT base unless told
@@ -69,7 +70,7 @@ IMAGE_REWARD_NAMES = (
 
 
 def _short(error):
-    return " ".join(str(error).split())[:160]
+    return hub.why(error, limit=160)
 
 
 class WeightsFile(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from brisk import hub
 from brisk.options import UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -54,7 +55,7 @@ def pipeline_index(source, options, flag):
     try:
         return DiffusionPipeline.load_config(source, **options)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = hub.why(error, source, 200)
         raise UserError(
             f"{flag} {source} is neither a pipeline folder nor a hub model that can be reached: {reason}"
         ) from None
@@ -81,7 +82,7 @@ def _load_network(cls, source, subfolder, options, dtype=torch.float32):
             source, subfolder=subfolder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{where} cannot be loaded: {hub.why(error, source)}") from None
     wrong = sorted([*report["missing_keys"], *(f"{key} {tuple(wanted)} (there: {tuple(found)})"
                                                for key, found, wanted in report.get("mismatched_keys", []))])  # fmt: skip
     if wrong:
@@ -109,7 +110,7 @@ def _load_transformers(index, name, source, options):
             return cls.from_pretrained(source, subfolder=name, **_without_variant(options))
         return cls.from_pretrained(source, subfolder=name, dtype=torch.float32, **options).requires_grad_(False).eval()
     except Exception as error:  # the library raises its own, safetensors' and OSError
-        raise UserError(f"{source}/{name} cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{source}/{name} cannot be loaded: {hub.why(error, source)}") from None
 
 
 def load_parts(source, revision=None, variant=None, cache_dir=None, vae_source=None, unet_source=None,
@@ -165,7 +166,7 @@ def _load_scheduler_config(source, options):
     try:
         return dict(DDPMScheduler.load_config(source, subfolder="scheduler", **_without_variant(options)))
     except (OSError, ValueError) as error:
-        raise UserError(f"{source}/scheduler cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{source}/scheduler cannot be loaded: {hub.why(error, source)}") from None
 
 
 def place(parts, device, vae_dtype, text_dtype):

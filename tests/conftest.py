@@ -1,4 +1,4 @@
-"""Shared pytest options: where the golden numbers lie."""
+"""Shared by all tests: where the golden numbers lie, tiny reward models."""
 
 from pathlib import Path
 
@@ -19,3 +19,29 @@ def pytest_addoption(parser):
 def root():
     """The repository root."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def clip_home(tmp_path_factory):
+    """The folder of a tiny CLIP repository."""
+    import tiny_rewards
+
+    folder = tmp_path_factory.mktemp("clip")
+    tiny_rewards.write_clip(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_reward(tmp_path_factory):
+    """What `tiny_rewards.write_image_reward` gives."""
+    import tiny_rewards
+
+    return tiny_rewards.write_image_reward(tmp_path_factory.mktemp("imagereward"))
+
+
+@pytest.fixture(scope="session")
+def mps(clip_home, tmp_path_factory):
+    """What `tiny_rewards.write_mps` gives."""
+    import tiny_rewards
+
+    return tiny_rewards.write_mps(tmp_path_factory.mktemp("mps"), clip_home)

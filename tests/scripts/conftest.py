@@ -27,7 +27,8 @@ SOURCES = ("--train_shards_path_or_url", "--train_data_dir", "--dataset_name", "
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask a network, nor wait for one
-from inprocess import BKSDM, EPD, FPDM, OWN, SLAM, remembered_plans  # noqa: E402 - torch reads these settings when it is imported
+import warm_python  # noqa: E402 - torch reads these settings when it is imported
+from inprocess import BKSDM, EPD, FPDM, OWN, SLAM, remembered_plans  # noqa: E402
 
 
 def read_rows(output):
@@ -49,6 +50,27 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    """`warm.python`: a command in place of the interpreter; `warm.bash`: a BASH_ENV with which `python` in a script is that."""
+    server = warm_python.Warm(tmp_path_factory.mktemp("warm"), ROOT, environment())
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def run_shell(warm, tmp_path):
+    """Run a script of scripts/ to its end in an empty folder: run_shell(name, flag, ..., VARIABLE=value) -> what it printed."""
+
+    def run(name, *flags, **variables):
+        done = subprocess.run(["bash", ROOT / "scripts" / name, *flags], cwd=tmp_path, capture_output=True, text=True,
+                              env=environment(**variables, BASH_ENV=warm.bash))  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    return run
 
 
 @pytest.fixture(scope="session")

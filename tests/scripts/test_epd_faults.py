@@ -1,9 +1,11 @@
 """Bad input of the EPD training script: one sentence and exit code 2, before any step, and nothing left behind."""
 
+import functools
 import json
 import math
 
 import pytest
+import refusals
 import torch
 from conftest import EPD, ROOT
 from inprocess import MIXTURES
@@ -15,20 +17,7 @@ TEACHER = f"--pretrained_model_name_or_path={ROOT}/assets/tiny-teacher"
 
 @pytest.fixture
 def refused(run_epd, tmp_path):
-    """A function: flags -> the message of the UserError with which the run is refused; nothing was written."""
-
-    def run(*flags, exit_code=2):
-        output = tmp_path / "out"
-        with pytest.raises(options.UserError) as caught:
-            run_epd(*flags, output=output)
-        message = str(caught.value)
-        assert caught.value.exit_code == exit_code
-        assert message and "\n" not in message and "Traceback" not in message and len(message) < 600
-        assert " step 1 " not in run_epd.log(), "work started before the fault was found"
-        assert not output.exists(), "a refused run leaves no folder behind"
-        return message
-
-    return run
+    return functools.partial(refusals.sentence_of, run_epd, tmp_path / "out")
 
 
 BAD_FLAGS = {

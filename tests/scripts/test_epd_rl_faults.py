@@ -43,7 +43,7 @@ BAD = {
     "groups": (["ppo.rloo_k=3"], ["ppo.rollout_batch_size 8", "ppo.rloo_k 3"]),
     "minibatch": (["ppo.minibatch_size=9"], ["ppo.minibatch_size 9", "ppo.rollout_batch_size 8"]),
     "reward batch": (["reward.batch_size=9"], ["reward.batch_size 9", "ppo.rollout_batch_size 8"]),
-    "no steps": (["ppo.steps=0"], ["--max_steps", "at least 1"]),
+    "no steps": (["ppo.steps=0"], ["--override: ppo.steps: 0 is", "at least 1"]),
     "no spread": (["ppo.scale_std=0"], ["ppo.scale_std", "greater than 0"]),
     "resolution of sd3": (["model.backend=sd3", "model.resolution=768"], ["model.resolution is 768", "sd3 takes 512 or 1024"]),
     "resolution of flux": (["model.backend=flux", "model.resolution=512"], ["model.resolution is 512", "flux takes 1024"]),
@@ -62,7 +62,10 @@ BAD = {
     "levels that do not fit": (["model.schedule_type=discrete", "--prefer_yaml"], ["model.schedule_type discrete"]),
     "guidance without a rate": (["model.guidance_type=cfg", "--prefer_yaml"], ["guidance_type is cfg", "model.guidance_rate"]),
     "classifier guidance": (["model.guidance_type=cg", "model.guidance_rate=1", "--prefer_yaml"], ["model.guidance_type cg"]),
-    "no such model": (["model.backend_options.gmm_file=nowhere.json"], ["nowhere.json"]),
+    "no such model": (["model.backend_options.gmm_file=nowhere.json"], ["model.backend_options.gmm_file nowhere.json"]),
+    "two models": (["model.backend_options.model_name_or_path=nowhere"],
+                   ["model.backend_options.gmm_file and model.backend_options.model_name_or_path are two models"]),
+    "no such checkpoint, by override": (["resume_from_checkpoint=nowhere"], ["--override: resume_from_checkpoint nowhere is"]),
     "no such checkpoint": (["--resume=nowhere"], ["nowhere"]),
     "unknown grouping": (["--rloo_group=batch"], ["--rloo_group", "prompt", "mixed"]),
     "tracker": (["--report_to=paper"], ["--report_to paper"]),
@@ -85,6 +88,7 @@ def test_bad_options_are_refused_in_one_sentence(case, refused):
     ("ppo: [1, 2]", ["'ppo' must be a single value"]), ("- a\n- b\n", ["must hold sections"]),
     ("a: b: c", ["cannot be read as YAML"]),
     ("ppo:\n  rlook: 3\n", ["unknown key 'ppo.rlook'", "the nearest one is ppo.rloo_k"]),
+    ("ppo:\n  steps: x\n", ["own.yaml: ppo.steps: 'x' is not a whole number."]), ("rloo_group: all\n", ["own.yaml: rloo_group: "]),
     ("ppo:\n  rloo_k: {a: 1}\n", ["unknown key 'ppo.rloo_k.a'"]), ("max_stepz: 3\n", ["unknown key 'max_stepz'", "max_steps"]),
 ])  # fmt: skip
 def test_files_of_options_that_cannot_be_used(content, words, start, tmp_path):
@@ -125,6 +129,31 @@ def test_flags_without_effect_are_named(start, tmp_path):
     named = {line.split("--")[1].split()[0] for line in done.log.splitlines() if "has no effect without" in line}
     assert named == {"eval_prompts", "run_name", "export_point", "rloo_group", "hub_model_id", "eval_samples"}
     assert "enable_model_cpu_offload has no effect" in done.log
+
+
+def test_warnings_name_the_keys_of_a_file_but_flags_that_win_over_it(start, tmp_path):
+    place = tmp_path / "own.yaml"
+    place.write_text("run:\n  run_name: x\neval_samples: 3\nhub_model_id: x\nrloo_group: mixed\n")
+    done = run(tmp_path / "out", start, f"--config={place}", "--eval_samples=5")
+    warned = [line.split(" WARNING ")[1] for line in done.log.splitlines() if "has no effect" in line]
+    assert warned == [
+        "--eval_samples has no effect without --eval_every above 0.",
+        f"--config {place}: run.run_name has no effect without a folder of its own (--nosubdir is set).",
+        f"--config {place}: hub_model_id has no effect without --push_to_hub.",
+    ]
+    assert "the checkpoint had" not in done.log
+    again = run(tmp_path / "out", start, f"--config={place}", "--eval_samples=5", "--resume=latest", "--max_steps=4",
+                "rloo_group=prompt")  # fmt: skip
+    assert "--override: rloo_group is prompt, the checkpoint had mixed." in again.log
+
+
+def test_messages_about_the_model_name_the_key_that_says_it(refused, tmp_path):
+    start = pipeline_start(tmp_path, "sd", "nowhere/at-all", flow=False)
+    message = refused(start=start)
+    assert message.startswith("model.backend_options.model_name_or_path nowhere/at-all is neither a pipeline folder nor")
+    assert "; give a folder, or get it beforehand by `hf download nowhere/at-all`." in message
+    message = refused(start=pipeline_start(tmp_path, "sd3", TEACHER, flow=True))
+    assert "model.backend, model.dataset_name or the predictor ask for one of family sd3" in message and "--" not in message
 
 
 def test_a_script_ends_with_code_2_and_one_line(run_script, start, tmp_path):

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +16,6 @@ from torch.distributions import Dirichlet, LogNormal, kl_divergence
 import sample_epd
 import train_epd_rl
 from brisk import denoisers, epd, epd_rl, options, predictor_files, sample_seeds, seeding
-
-STEPS = 3
 
 
 @pytest.fixture(scope="module")
@@ -40,79 +40,105 @@ def plain_solve(denoiser, x, tables, levels, labels):
     return x
 
 
-def plain_loop(args, settings, start, learned):
-    """(rows of the log, tables of the mean policy): training written down anew from arXiv 2512.22796, of torch.distributions."""
-    start, denoiser = predictor_files.read(start), denoisers.load_mixture(MIXTURE)
-    size, variants = settings["ppo.rollout_batch_size"], settings["ppo.rloo_k"]
-    concentration = settings["ppo.dirichlet_concentration"]
+def open_case(args, settings, start, learned):
+    """What training by `args` starts from: the tables by rising r, and the parameters of the laws around them."""
+    start = predictor_files.read(start)
     order = start.tables.r.argsort(-1)
     fixed = [table.gather(-1, order) for table in start.tables]
     segments = torch.cat([torch.zeros(len(order), 1), fixed[0], torch.ones(len(order), 1)], 1).diff(dim=1)
-    base = [concentration * segments, concentration * fixed[1]]
-    locations, width = [fixed[2 + j].log() for j in range(2) if learned[j]], order.shape[1]
-    policy = epd_rl.make_policy(epd.Tables(*fixed), epd_rl.epd_policy.base_factors(start.tables, concentration, *learned), 0.0,
-                                args.seed)  # fmt: skip
+    base = [settings["ppo.dirichlet_concentration"] * part for part in (segments, fixed[1])]
+    locations = [fixed[2 + j].log() for j in range(2) if learned[j]]
+    return SimpleNamespace(args=args, settings=settings, start=start, learned=learned, fixed=fixed, base=base, locations=locations,
+                           denoiser=denoisers.load_mixture(MIXTURE))  # fmt: skip
+
+
+def laws_of(deltas, case):
+    """The laws of all tables' rows: two Dirichlets, and a log-normal for each factor that is learned."""
+    width = case.fixed[0].shape[1]
+    parts = list(deltas.split([width + 1, width] + [width] * (2 * len(case.locations)), 1))
+    found = [Dirichlet(alpha * part.exp()) for alpha, part in zip(case.base, parts[:2], strict=True)]
+    stds = [(math.log(0.05) + parts[3 + 2 * j]).exp() for j in range(len(case.locations))]
+    return found + [LogNormal(location + parts[2 + 2 * j], stds[j]) for j, location in enumerate(case.locations)]
+
+
+def density(laws, drawn):
+    """ln p of each drawn action (B,)."""
+    return sum(law.log_prob(value).flatten(1).sum(1) for law, value in zip(laws, drawn, strict=True))
+
+
+def rewards_of(drawn, case, update):
+    """How near to the point (0.5, 0.5) the images end that the drawn tables make, (B,) float64."""
+    args, size, variants = case.args, case.settings["ppo.rollout_batch_size"], case.settings["ppo.rloo_k"]
+    drawn_scales, levels = iter(drawn[2:]), case.start.sigmas.tolist()
+    scales = [next(drawn_scales) if own else table.expand(size, -1, -1)
+              for own, table in zip(case.learned, case.fixed[2:], strict=True)]  # fmt: skip
+    own = [row // variants if args.share_latents else row for row in range(size)]
+    seeds = [2**31 + seeding.derive(args.seed, update, source, "latent") % 2**31 for source in own]
+    z = sample_seeds.draw_latents(sample_seeds.generators(seeds), case.denoiser.shape)
+    labels = torch.randint(3, (size // variants,), generator=seeding.generator(args.seed, update, "labels"))
+    ends = plain_solve(case.denoiser, z * levels[0], (drawn[0][..., :-1].cumsum(-1), drawn[1], *scales), levels,
+                       labels.repeat_interleave(variants))  # fmt: skip
+    return -(ends.flatten(1) - 0.5).norm(dim=1).double()
+
+
+def advantage_of(reward, variants, group):
+    """Each reward less the mean of the others of its group, all together of mean 0 and deviation 1."""
+    size = len(reward)
+    if group == "prompt":
+        groups = [range(first, first + variants) for first in range(0, size, variants)]
+    else:
+        groups = [range(first, size, size // variants) for first in range(size // variants)]
+    advantage = torch.zeros(size, dtype=torch.float64)
+    for rows in groups:
+        for i in rows:
+            advantage[i] = reward[i] - torch.stack([reward[j] for j in rows if j != i]).mean()
+    return (advantage - advantage.mean()) / advantage.std(correction=0)
+
+
+def improve(network, adam, case, drawn, advantage, old, seed):
+    """PPO's epochs over the drawn actions, of log density `old` before: the log's terms, each minibatch's mean."""
+    settings, clip, sums = case.settings, case.settings["ppo.clip_range"], []
+    for epoch in range(settings["ppo.ppo_epochs"]):
+        order = torch.randperm(len(old), generator=seeding.generator(*seed, "minibatches", epoch))
+        for rows in order.split(settings["ppo.minibatch_size"]):
+            laws, start_laws = laws_of(network(), case), laws_of(torch.zeros_like(network()), case)
+            ratio = (density(laws, [value[rows] for value in drawn]) - old[rows]).exp()
+            inner = torch.minimum(advantage[rows] * ratio, advantage[rows] * ratio.clamp(1 - clip, 1 + clip))
+            kl = sum(kl_divergence(law, at).sum() for law, at in zip(laws, start_laws, strict=True))
+            entropy = sum(law.entropy().sum() for law in laws)
+            loss = -inner.mean() + settings["ppo.kl_coef"] * kl - settings["ppo.entropy_coef"] * entropy
+            adam.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), settings["ppo.max_grad_norm"])
+            adam.step()
+            outside = ((ratio - 1).abs() > clip).double().mean()
+            sums.append({"loss": loss, "policy_loss": -inner.mean(), "kl": kl, "entropy": entropy, "ratio": ratio.mean(),
+                         "clip_fraction": outside, "grad_norm": norm})  # fmt: skip
+    return {name: torch.stack([each[name] for each in sums]).mean() for name in sums[0]}
+
+
+def plain_loop(args, settings, start, learned):
+    """(rows of the log, tables of the mean policy): training written down anew from arXiv 2512.22796, of torch.distributions."""
+    case, log = open_case(args, settings, start, learned), []
+    concentration = settings["ppo.dirichlet_concentration"]
+    policy = epd_rl.make_policy(epd.Tables(*case.fixed), epd_rl.epd_policy.base_factors(case.start.tables, concentration, *learned),
+                                0.0, args.seed)  # fmt: skip
     network = policy.network
     adam = torch.optim.AdamW(network.parameters(), lr=settings["ppo.learning_rate"], weight_decay=0)
-
-    def now(deltas):
-        parts = list(deltas.split([width + 1, width] + [width] * (2 * len(locations)), 1))
-        found = [Dirichlet(alpha * part.exp()) for alpha, part in zip(base, parts[:2], strict=True)]
-        stds = [(math.log(0.05) + parts[3 + 2 * j]).exp() for j in range(len(locations))]
-        return found + [LogNormal(location + parts[2 + 2 * j], stds[j]) for j, location in enumerate(locations)]
-
-    def density(laws, drawn):
-        return sum(law.log_prob(value).flatten(1).sum(1) for law, value in zip(laws, drawn, strict=True))
-
-    log, levels = [], start.sigmas.tolist()
     for update in range(args.max_train_steps):
         rng = np.random.default_rng(seeding.derive(args.seed, update, "actions"))
         with torch.no_grad():
-            action = epd_rl.epd_policy.draw(policy.factors(), size, rng)
+            action = epd_rl.epd_policy.draw(policy.factors(), settings["ppo.rollout_batch_size"], rng)
             drawn = [value for value in action if value is not None]
-            old = density(now(network()), drawn)
-        drawn_scales = iter(drawn[2:])
-        scales = [next(drawn_scales) if own else table.expand(size, -1, -1) for own, table in zip(learned, fixed[2:], strict=True)]
-        own = [row // variants if args.share_latents else row for row in range(size)]
-        seeds = [2**31 + seeding.derive(args.seed, update, source, "latent") % 2**31 for source in own]
-        z = sample_seeds.draw_latents(sample_seeds.generators(seeds), denoiser.shape)
-        labels = torch.randint(3, (size // variants,), generator=seeding.generator(args.seed, update, "labels"))
-        ends = plain_solve(denoiser, z * levels[0], (drawn[0][..., :-1].cumsum(-1), drawn[1], *scales), levels,
-                           labels.repeat_interleave(variants))  # fmt: skip
-        reward = -(ends.flatten(1) - 0.5).norm(dim=1).double()
+            old = density(laws_of(network(), case), drawn)
+        reward = rewards_of(drawn, case, update)
         row = {"mixed_reward_mean": reward.mean(), "mixed_reward_std": reward.std(correction=0), "analytic_mean": reward.mean()}
-        if args.rloo_group == "prompt":
-            groups = [range(first, first + variants) for first in range(0, size, variants)]
-        else:
-            groups = [range(first, size, size // variants) for first in range(size // variants)]
-        advantage = torch.zeros(size, dtype=torch.float64)
-        for group in groups:
-            for i in group:
-                advantage[i] = reward[i] - torch.stack([reward[j] for j in group if j != i]).mean()
-        advantage = (advantage - advantage.mean()) / advantage.std(correction=0)
-        sums = []
-        for epoch in range(settings["ppo.ppo_epochs"]):
-            order = torch.randperm(size, generator=seeding.generator(args.seed, update, "minibatches", epoch))
-            for rows in order.split(settings["ppo.minibatch_size"]):
-                laws, start_laws = now(network()), now(torch.zeros_like(network()))
-                ratio = (density(laws, [value[rows] for value in drawn]) - old[rows]).exp()
-                clip = settings["ppo.clip_range"]
-                inner = torch.minimum(advantage[rows] * ratio, advantage[rows] * ratio.clamp(1 - clip, 1 + clip))
-                kl = sum(kl_divergence(law, at).sum() for law, at in zip(laws, start_laws, strict=True))
-                entropy = sum(law.entropy().sum() for law in laws)
-                loss = -inner.mean() + settings["ppo.kl_coef"] * kl - settings["ppo.entropy_coef"] * entropy
-                adam.zero_grad()
-                loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(network.parameters(), settings["ppo.max_grad_norm"])
-                adam.step()
-                outside = ((ratio - 1).abs() > clip).double().mean()
-                sums.append({"loss": loss, "policy_loss": -inner.mean(), "kl": kl, "entropy": entropy, "ratio": ratio.mean(),
-                             "clip_fraction": outside, "grad_norm": norm})  # fmt: skip
-        row |= {name: torch.stack([each[name] for each in sums]).mean() for name in sums[0]}
+        advantage = advantage_of(reward, settings["ppo.rloo_k"], args.rloo_group)
+        row |= improve(network, adam, case, drawn, advantage, old, (args.seed, update))
         log.append({name: value.item() for name, value in row.items()})
-    laws = now(network())
+    laws = laws_of(network(), case)
     means = iter(laws[2:])
-    scales = [next(means).mean if own else table for own, table in zip(learned, fixed[2:], strict=True)]
+    scales = [next(means).mean if own else table for own, table in zip(learned, case.fixed[2:], strict=True)]
     return log, torch.stack([laws[0].mean[:, :-1].cumsum(1), laws[1].mean, *scales]).detach()
 
 
@@ -252,3 +278,10 @@ def test_runs_get_folders_of_their_own_that_carry_date_and_name(start, tmp_path)
     assert len(go("--resume=latest", "--max_steps=2")) == 3
     newest = max(path for path in tmp_path.glob("*-rl_run*"))
     assert (newest / "checkpoint-2").is_dir() and not (tmp_path / first[0] / "checkpoint-2").exists()
+
+
+def test_the_place_of_the_model_is_recorded_so_that_it_is_found_from_any_folder(start, tmp_path, monkeypatch):
+    file, _, world = MIXTURE.partition(":")
+    monkeypatch.chdir(Path(file).parent)
+    run(tmp_path / "out", start, f"model.backend_options.gmm_file={Path(file).name}:{world}", "--max_steps=1")
+    assert predictor_files.load(tmp_path / "out").model["backend_config"]["gmm_file"] == MIXTURE

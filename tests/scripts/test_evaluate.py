@@ -1,11 +1,12 @@
 """evaluate.py: reports of models, of finished images and of a run as it trains; one process or two; every mistake in a sentence."""
 
+import contextlib
 import csv
 import json
 import re
 import shutil
 import subprocess
-import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def report(tmp_path_factory):
     """(folder, figures) of a run of the built-in protocol."""
     folder = tmp_path_factory.mktemp("report")
     evaluate.main(["--model", f"student={TEACHER},nfe=2,scheduler=ddim_trailing", "--output_dir", str(folder), "--samples", "50",
-                   "--seeds", "2", "--nfe", "20", "2", "--latency_repeats", "1"])  # fmt: skip
+                   "--seeds", "2", "--nfe", "20", "2", "--batch_size", "10", "--latency_repeats", "1"])  # fmt: skip
     return folder, json.loads((folder / "report.json").read_text())
 
 
@@ -82,15 +83,18 @@ def test_page_needs_no_network_and_csv_has_every_row(report):
     assert float(rows[2]["frechet"]) == figures["student"]["2"]["frechet"]
 
 
-def test_a_run_goes_on_with_the_images_that_are_there(report, tmp_path, monkeypatch):
+def test_a_run_goes_on_with_the_images_that_are_there(report, tmp_path, capsys):
     folder, figures = report
+    shutil.copy(folder / "report.json", tmp_path)
     shutil.copytree(folder / "images/student-nfe2", tmp_path / "images/student-nfe2")
     files = sorted((tmp_path / "images").rglob("*.png"))
     for path in files[60:]:
         path.unlink()
     kept = {path: path.stat().st_mtime_ns for path in files[:50]}
     evaluate.main(["--teacher", "none", "--model", f"student={TEACHER},nfe=2,scheduler=ddim_trailing", "--samples", "50", "--seeds",
-                   "2", "--latency_repeats", "0", "--output_dir", str(tmp_path)])  # fmt: skip
+                   "2", "--batch_size", "10", "--latency_repeats", "0", "--output_dir", str(tmp_path)])  # fmt: skip
+    said = f"{tmp_path}/report.json holds the figures of teacher: the new report replaces it."
+    assert [line for line in capsys.readouterr().out.splitlines() if "replaces" in line] == [said]
     again = json.loads((tmp_path / "report.json").read_text())["student"]["2"]
     assert {name: again[name] for name in AGREEMENT} == {name: figures["student"]["2"][name] for name in AGREEMENT}
     assert again["frechet"] == figures["student"]["2"]["frechet"] and "seconds_alone" not in again
@@ -176,11 +180,12 @@ def training(run_main, tmp_path_factory):
     return folder
 
 
-def test_the_result_does_not_depend_on_the_number_of_processes(coco, measured, training, tmp_path):
+def test_the_result_does_not_depend_on_the_number_of_processes(coco, measured, training, warm, tmp_path):
     folder, flags = coco
     launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, str(ROOT / "evaluate.py"), *flags, "--output_dir", str(tmp_path), "--reference",
-               str(folder / "real"), "--batch_size", "8", "--watch", str(training), "--watch_timeout", "0.1"]  # fmt: skip
+    command = [warm.python, str(ROOT / "evaluate.py"), *flags, "--output_dir", str(tmp_path), "--reference",
+               str(folder / "real"), "--batch_size", "8", "--watch", str(training), "--watch_timeout", "0.1", "--save_reference",
+               str(tmp_path / "real.npz")]  # fmt: skip
     ranks = [subprocess.Popen(command, env=environment(**launcher, RANK=str(rank), LOCAL_RANK=str(rank)), stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, text=True) for rank in range(2)]  # fmt: skip
     ends = [rank.communicate(timeout=240) for rank in ranks]
@@ -191,6 +196,8 @@ def test_the_result_does_not_depend_on_the_number_of_processes(coco, measured, t
     assert report["sd"]["3"] == measured[1]  # to the last digit
     one, other = (sorted((path / "images/sd-nfe3").rglob("*.jpg")) for path in (measured[0], tmp_path))
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in other]
+    assert [path.name for path in tmp_path.glob("*.npz")] == ["real.npz"]
+    assert (tmp_path / "real.npz").read_bytes() == (folder / "real.npz").read_bytes()
 
 
 def test_nor_on_the_batch_size_but_for_rounding(coco, measured, tmp_path):
@@ -259,12 +266,38 @@ def test_watch_takes_every_finished_checkpoint_once(training, coco, tmp_path, mo
     evaluate.main([*flags, str(first)])
     after = json.loads((tmp_path / "out/report.json").read_text())
     assert measured == ["checkpoint-4"] and after["checkpoint-4"]["3"]["fid"] == rows[1]["fid"]
+    assert "replaces" not in capsys.readouterr().out
     assert after["checkpoint-1"] == report["checkpoint-1"]
 
     measured.clear()
     evaluate.main([*flags, str(training)])  # another run in the same folder is not taken for this one
     assert measured == ["checkpoint-1", "checkpoint-2"]
+    assert "holds the figures of checkpoint-1, checkpoint-2, checkpoint-4: the new report replaces it." in capsys.readouterr().out
     assert "checkpoint-4" not in json.loads((tmp_path / "out/report.json").read_text())
+
+
+@pytest.mark.parametrize(("flags", "pauses"), [
+    (["--watch_interval", "7", "--watch_timeout", "20"], [7] * 4), (["--watch_interval", "7", "--watch_timeout", "5"], [5] * 2),
+    ([], [30] * 4),
+], ids=["interval", "short timeout", "defaults"])  # fmt: skip
+def test_watch_waits_between_two_looks(flags, pauses, training, coco, tmp_path, monkeypatch):
+    """By a clock that sleep alone moves: a checkpoint comes in the first pause, Ctrl-C after 100 seconds."""
+    (tmp_path / "run").mkdir()
+    found = []
+
+    def sleep(seconds):
+        if not found:
+            shutil.copytree(training / "checkpoint-1", tmp_path / "run/checkpoint-1")
+        found.append(seconds)
+        if sum(found) > 100:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: sum(found)))
+    with contextlib.nullcontext() if flags else pytest.raises(KeyboardInterrupt):
+        evaluate.main([*coco[1][:-2], "--metrics", "none", "--watch", str(tmp_path / "run"), *flags, "--output_dir",
+                       str(tmp_path / "out")])  # fmt: skip
+    assert found == pauses
+    assert json.loads((tmp_path / "out/report.json").read_text())["checkpoint-1"]["3"]["images"] == 30
 
 
 def test_a_checkpoint_that_cannot_be_measured_is_said_and_what_was_measured_is_kept(training, coco, tmp_path, capsys):

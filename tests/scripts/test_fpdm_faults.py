@@ -1,7 +1,10 @@
 """Bad input of the FPDM script: one sentence and exit code 2 (1 while running), before any step, and nothing left behind."""
 
+import functools
+
 import numpy as np
 import pytest
+import refusals
 import torch
 from conftest import FPDM, ROOT
 
@@ -10,20 +13,7 @@ from brisk import fpdm, options, sd_inputs, tiny
 
 @pytest.fixture
 def refused(run_fpdm, tmp_path):
-    """A function: flags -> the message of the UserError with which the run is refused; nothing was written."""
-
-    def run(*flags, exit_code=2):
-        output = tmp_path / "out"
-        with pytest.raises(options.UserError) as caught:
-            run_fpdm(*flags, output=output)
-        message = str(caught.value)
-        assert caught.value.exit_code == exit_code
-        assert message and "\n" not in message and "Traceback" not in message and len(message) < 700
-        assert " step 1 " not in run_fpdm.log(), "work started before the fault was found"
-        assert not output.exists(), "a refused run leaves no folder behind"
-        return message
-
-    return run
+    return functools.partial(refusals.sentence_of, run_fpdm, tmp_path / "out", longest=700)
 
 
 def write_features(folder, latents, labels, names=None):

@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -346,12 +347,25 @@ def test_how_a_model_is_called_is_read_from_the_predictor(tmp_path):
     assert found == denoiser_sources.ModelOptions(None, "adm", "mine", "abc", "fp16", round_timesteps=True, clip_denoised=False)
     assert epd_sampling.other_model(content, "mine") == epd_sampling.other_model(content, None) == []
     assert "was made for mine" in epd_sampling.other_model(content, "yours")[0]
+    assert epd_sampling.other_model(content, str(Path("mine").absolute())) == []
     other = epd_sampling.complete(denoiser_sources.ModelOptions(source="yours"), content)
     assert other.backend == "adm"  # which the model must be
     assert epd_sampling.complete(denoiser_sources.ModelOptions(source="yours"), content, force=True).backend is None
     mixture_of = make_predictor(tmp_path / "q.json", config={"gmm_file": "world.json"})
     found = epd_sampling.complete(denoiser_sources.ModelOptions(source="yours"), mixture_of)
     assert (found.backend, found.gmm_file) == (None, None)
+
+
+@pytest.mark.parametrize("place", ["models/own", "./models/own"])
+def test_a_model_that_is_not_where_the_predictor_recorded_it_is_named_with_the_flag(sample, tmp_path, place):
+    make_predictor(tmp_path / "p.json", backend="sd", config={"model_name_or_path": place})
+    said = f"; the predictor p recorded {place}, --pretrained_model_name_or_path gives another place."
+    with pytest.raises(options.UserError) as refused:
+        sample("--predictor p.json --prompt a")
+    assert f" {place} is n" in str(refused.value) and str(refused.value).endswith(said)
+    with pytest.raises(options.UserError, match="other/model is neither a pipeline") as refused:
+        sample("--predictor p.json --prompt a --model_path other/model")
+    assert "recorded" not in str(refused.value)
 
 
 def test_layouts_of_the_folder(sample, tmp_path):
@@ -543,7 +557,7 @@ def test_flags_without_effect_are_said(sample, tmp_path):
 
 @pytest.mark.parametrize("flags, said", [
     (PIXELS, "give either --predictor_path or --solver"),
-    (f"--solver euler --predictor p.json {PIXELS}", "give either --predictor_path or --solver"),
+    (f"--solver euler --predictor p.json {PIXELS}", "or --solver: a plain solver takes a predictor's model, levels"),
     (f"--predictor missing.json {PIXELS}", "missing.json is neither a file, nor a folder, nor the number"),
     (f"--predictor broken.json {PIXELS}", "broken.json is damaged"),
     (f"--predictor old.pkl {PIXELS}", "old.pkl is a pickle, which is never executed: convert it by scripts/convert"),

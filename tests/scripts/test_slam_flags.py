@@ -198,7 +198,9 @@ def test_guidance_distilled_teacher_keeps_its_width_with_a_warning(run_main, tmp
     pipeline.register_modules(unet=tiny.make_unet("tiny", time_cond_proj_dim=24))
     pipeline.save_pretrained(tmp_path / "distilled")
     run = run_main(f"--pretrained_teacher_model={tmp_path / 'distilled'}")
-    assert "guidance-distilled already" in run.log
+    assert "timestep_cond of width 24: it is guidance-distilled already, and --w_scale 8 guides it once more" in run.log
+    run_lora = run_main(f"--pretrained_teacher_model={tmp_path / 'distilled'}", "--use_lora", "--dry_run")
+    assert "guidance-distilled already" in run_lora.log
     assert json.loads((run.output / "unet/config.json").read_text())["time_cond_proj_dim"] == 24
 
 

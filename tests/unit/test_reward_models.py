@@ -18,9 +18,6 @@ from tiny_rewards import (
     random_state,
     scores,
     token_ids,
-    write_clip,
-    write_image_reward,
-    write_mps,
 )
 from torch.nn import functional
 from transformers import CLIPModel
@@ -28,24 +25,6 @@ from transformers import CLIPModel
 from brisk import reward_models, tiny
 
 pytestmark = pytest.mark.quick
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """The folder of a tiny CLIP repository."""
-    folder = tmp_path_factory.mktemp("clip")
-    write_clip(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def image_reward(tmp_path_factory):
-    return write_image_reward(tmp_path_factory.mktemp("imagereward"))
-
-
-@pytest.fixture(scope="module")
-def mps(home, tmp_path_factory):
-    return write_mps(tmp_path_factory.mktemp("mps"), home)
 
 
 # HPS
@@ -81,16 +60,16 @@ def open_clip_cosine(state, pixels, tokens):
     return functional.cosine_similarity(image, text)
 
 
-def test_hps_is_the_cosine_of_open_clips_network(home, tmp_path):
-    vocabulary = json.loads((home / "tokenizer.json").read_text())["model"]["vocab"]
+def test_hps_is_the_cosine_of_open_clips_network(clip_home, tmp_path):
+    vocabulary = json.loads((clip_home / "tokenizer.json").read_text())["model"]["vocab"]
     state = random_state(open_clip_shapes(len(vocabulary)))
     torch.save({"epoch": 1, "state_dict": state}, tmp_path / "hps.pt")
-    found = scores(load("hps", home, weights_path=str(tmp_path / "hps.pt")))
+    found = scores(load("hps", clip_home, weights_path=str(tmp_path / "hps.pt")))
     expected = open_clip_cosine(state, by_pillow(make_images()), token_ids(PROMPTS, vocabulary))
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
     assert expected.std() > 0.01  # the three differ by much more than the tolerance
     torch.save({"state_dict": {name: tensor.half() for name, tensor in state.items()}}, tmp_path / "hps.pt")
-    half = scores(load("hps", home, weights_path=str(tmp_path / "hps.pt")))
+    half = scores(load("hps", clip_home, weights_path=str(tmp_path / "hps.pt")))
     torch.testing.assert_close(half, expected, rtol=0, atol=5e-3)
     assert half.dtype == torch.float32
 
@@ -98,19 +77,19 @@ def test_hps_is_the_cosine_of_open_clips_network(home, tmp_path):
 # heads on a CLIPModel of transformers
 
 
-def clip_outputs(home, images, prompts):
+def clip_outputs(clip_home, images, prompts):
     """Image and text features and the logits by CLIPModel's own forward."""
-    network = CLIPModel.from_pretrained(home).eval()
+    network = CLIPModel.from_pretrained(clip_home).eval()
     given = tiny.make_tokenizer(LENGTH)(prompts, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
     with torch.no_grad():
         return network, network(**given, pixel_values=by_pillow(images))
 
 
-def test_pickscore_is_the_scaled_cosine_and_clip_the_cosine(home):
-    network, output = clip_outputs(home, make_images(), PROMPTS)
+def test_pickscore_is_the_scaled_cosine_and_clip_the_cosine(clip_home):
+    network, output = clip_outputs(clip_home, make_images(), PROMPTS)
     expected = output.logits_per_image.diagonal()
-    torch.testing.assert_close(scores(load("pickscore", home)), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scores(load("clip", home)), expected / network.logit_scale.exp(), rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(scores(load("pickscore", clip_home)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores(load("clip", clip_home)), expected / network.logit_scale.exp(), rtol=1e-5, atol=2e-6)
     assert expected.std() > 0.1
 
 
@@ -127,14 +106,14 @@ def test_images_are_rounded_to_8_bits():
         assert torch.equal(reward_models.pixel_values(nudged, SIDE), reward_models.pixel_values(images, SIDE))
 
 
-def test_aesthetic_is_a_chain_of_linear_maps_of_unit_features(home, tmp_path):
+def test_aesthetic_is_a_chain_of_linear_maps_of_unit_features(clip_home, tmp_path):
     widths = {0: (1024, 128), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
     state = random_state({f"layers.{n}.{kind}": shape if kind == "weight" else shape[:1]
                           for n, shape in widths.items() for kind in ("weight", "bias")})  # fmt: skip
     torch.save(state, tmp_path / "linear.pth")
-    own = {"predictor_path": str(tmp_path / "linear.pth"), "clip_path": str(home)}
-    found = scores(load("aesthetic", home, aesthetic=own), prompts=None)
-    x = clip_outputs(home, make_images(), PROMPTS)[1].image_embeds
+    own = {"predictor_path": str(tmp_path / "linear.pth"), "clip_path": str(clip_home)}
+    found = scores(load("aesthetic", clip_home, aesthetic=own), prompts=None)
+    x = clip_outputs(clip_home, make_images(), PROMPTS)[1].image_embeds
     assert torch.allclose(x.norm(dim=-1), torch.ones(3))
     for n in widths:
         x = x @ state[f"layers.{n}.weight"].T + state[f"layers.{n}.bias"]
@@ -190,7 +169,7 @@ def plain_image_reward(state, pixels, ids, mask):
     return (y[:, 0] - 0.16717362830052426) / 1.0333394966054072
 
 
-def test_image_reward_is_the_published_network(home, image_reward):
+def test_image_reward_is_the_published_network(clip_home, image_reward):
     own, state, vocabulary = image_reward
     prompts = ["a red fox", "two cats " * 10, "b"]
     rows = []
@@ -200,7 +179,7 @@ def test_image_reward_is_the_published_network(home, image_reward):
     mask = torch.tensor([[1] * len(row) + [0] * (35 - len(row)) for row in rows])
     ids = torch.tensor([row + [vocabulary["[PAD]"]] * (35 - len(row)) for row in rows])
     expected = plain_image_reward(state, by_pillow(make_images()), ids, mask)
-    found = scores(load("imagereward", home, imagereward=own), prompts=prompts)
+    found = scores(load("imagereward", clip_home, imagereward=own), prompts=prompts)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
     assert expected.std() > 0.05
 
@@ -256,14 +235,14 @@ def plain_mps(state, network, pixels, tokens, condition):
     return network.logit_scale.exp() * functional.cosine_similarity(x[:, 0], whole)
 
 
-def test_mps_reads_the_image_by_the_words_that_matter(home, mps):
+def test_mps_reads_the_image_by_the_words_that_matter(clip_home, mps):
     own, state, network = mps
-    vocabulary = json.loads((home / "tokenizer.json").read_text())["model"]["vocab"]
+    vocabulary = json.loads((clip_home / "tokenizer.json").read_text())["model"]["vocab"]
     prompts = ["light, color", "a bus in rain", "b"]  # the mask of the second would be another by the nearest word of the batch
     ids = token_ids(prompts, vocabulary), token_ids(["light, color"], vocabulary)  # as far as the tiny network reads
     with torch.no_grad():
         expected = plain_mps(state, network, by_pillow(make_images()), *ids)
-    reward = load("mps", home, mps=own, batch_size=3)
+    reward = load("mps", clip_home, mps=own, batch_size=3)
     found = scores(reward, prompts=prompts)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert expected.std() > 0.05
@@ -273,9 +252,9 @@ def test_mps_reads_the_image_by_the_words_that_matter(home, mps):
 
 
 @pytest.mark.parametrize("kind", ["pickscore", "clip", "imagereward", "mps"])
-def test_scores_under_autocast_stay_close(home, image_reward, mps, kind):
+def test_scores_under_autocast_stay_close(clip_home, image_reward, mps, kind):
     """What --enable_amp does on CUDA, in bfloat16 on the CPU."""
-    reward = load(kind, home, imagereward=image_reward[0], mps=mps[0])
+    reward = load(kind, clip_home, imagereward=image_reward[0], mps=mps[0])
     exact = scores(reward)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         rough = reward.functions[kind](make_images(), PROMPTS, None)

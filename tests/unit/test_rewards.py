@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_rewards import PROMPTS, SIDE, load, make_images, scores, write_clip, write_image_reward, write_mps
+from tiny_rewards import PROMPTS, SIDE, load, make_images, scores
 from transformers import CLIPModel
 
 from brisk import builtin_protocol, handwriting, rewards, scorers
@@ -11,32 +11,14 @@ from brisk.options import UserError
 pytestmark = pytest.mark.quick
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """The folder of a tiny CLIP repository."""
-    folder = tmp_path_factory.mktemp("clip")
-    write_clip(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def image_reward(tmp_path_factory):
-    return write_image_reward(tmp_path_factory.mktemp("imagereward"))
-
-
-@pytest.fixture(scope="module")
-def mps(home, tmp_path_factory):
-    return write_mps(tmp_path_factory.mktemp("mps"), home)
-
-
-def test_a_mix_is_the_weighted_mean_of_normalised_heads_and_loads_no_other(home, image_reward):
+def test_a_mix_is_the_weighted_mean_of_normalised_heads_and_loads_no_other(clip_home, image_reward):
     weights = {"hps": 0, "pickscore": 0.5, "clip": 1, "imagereward": 0.25, "aesthetic": 0.0}
-    reward = load("multi", home, weights=weights, imagereward=image_reward[0], weights_path="nowhere.pt", batch_size=2)
+    reward = load("multi", clip_home, weights=weights, imagereward=image_reward[0], weights_path="nowhere.pt", batch_size=2)
     assert reward.heads == ("pickscore", "clip", "imagereward")
     raw = reward.score(make_images(), PROMPTS)
     assert set(raw) == set(reward.heads)
     for head in reward.heads:
-        alone = load(head, home, imagereward=image_reward[0], batch_size=1)
+        alone = load(head, clip_home, imagereward=image_reward[0], batch_size=1)
         torch.testing.assert_close(raw[head], scores(alone), rtol=1e-5, atol=1e-5)
     offset = 3 * 1.0333394966054072
     expected = (0.5 * (raw["pickscore"] / 26).clamp(0, 1) + raw["clip"].clamp(0, 1)
@@ -44,8 +26,8 @@ def test_a_mix_is_the_weighted_mean_of_normalised_heads_and_loads_no_other(home,
     torch.testing.assert_close(reward.mixed(raw), expected)
 
 
-def test_one_published_head_alone_is_normalised_too(home):
-    reward = load("pickscore", home)
+def test_one_published_head_alone_is_normalised_too(clip_home):
+    reward = load("pickscore", clip_home)
     torch.testing.assert_close(reward.mixed({"pickscore": torch.tensor([13.0, 30.0])}), torch.tensor([0.5, 1.0]))
 
 
@@ -135,14 +117,14 @@ class Program:
         return (pytest.fail, ("a pickle was executed",))
 
 
-def test_every_mistake_is_one_sentence_at_start_up(home, tmp_path, own, mps, image_reward):
+def test_every_mistake_is_one_sentence_at_start_up(clip_home, tmp_path, own, mps, image_reward):
     (tmp_path / "empty.pt").write_bytes(b"")
     torch.save(Program(), tmp_path / "program.pt")
     torch.save({"state_dict": {"visual.proj": torch.ones(2, 2)}}, tmp_path / "other.pt")
     (tmp_path / "half").mkdir()
-    CLIPModel.from_pretrained(home).text_model.save_pretrained(tmp_path / "half")
+    CLIPModel.from_pretrained(clip_home).text_model.save_pretrained(tmp_path / "half")
     place = {name: str(tmp_path / name) for name in ("empty.pt", "program.pt", "other.pt", "half", "none.pt")}
-    linear = {"clip_path": str(home)}
+    linear = {"clip_path": str(clip_home)}
     cases = [
         ({"type": "hsp"}, ("reward.type is hsp", "hps, pickscore", "module:function")),
         ({"type": "multi", "weights": {"hps": 0}}, ("reward.multi.weights", "above 0")),
@@ -157,7 +139,7 @@ def test_every_mistake_is_one_sentence_at_start_up(home, tmp_path, own, mps, ima
         ({"weights_path": place["other.pt"], "pickscore": {"processor": place["half"] + "/x"}},
          ("reward.multi.pickscore.processor", "no CLIPConfig")),
         ({"type": "pickscore", "pickscore": {"model": place["none.pt"]}}, ("reward.multi.pickscore.model", "no CLIPModel")),
-        ({"type": "pickscore", "pickscore": {"model": str(home), "processor": place["half"]}},
+        ({"type": "pickscore", "pickscore": {"model": str(clip_home), "processor": place["half"]}},
          ("reward.multi.pickscore.processor", "half has", "tokens")),
         ({"type": "clip", "clip": {"model": place["half"]}}, ("reward.multi.clip.model", "half")),
         ({"type": "aesthetic"}, ("reward.multi.aesthetic.predictor_path is not given", "improved-aesthetic-predictor")),
@@ -175,15 +157,15 @@ def test_every_mistake_is_one_sentence_at_start_up(home, tmp_path, own, mps, ima
         ({"type": "own_reward:number"}, ("own_reward:number", "int")),
     ]  # fmt: skip
     for changes, parts in cases:
-        settings = rewards.RewardSettings(**{"pickscore": {"model": str(home), "processor": str(home)}, **changes})
+        settings = rewards.RewardSettings(**{"pickscore": {"model": str(clip_home), "processor": str(clip_home)}, **changes})
         with pytest.raises(UserError) as error:
             rewards.load(settings)
         assert all(part in str(error.value) for part in parts), (changes, str(error.value))
         assert "\n" not in str(error.value) and error.value.exit_code == 2
 
 
-def test_what_a_head_cannot_score_is_one_sentence(home):
-    clip, oracle = load("clip", home), rewards.load(rewards.RewardSettings(type="handwriting"))
+def test_what_a_head_cannot_score_is_one_sentence(clip_home):
+    clip, oracle = load("clip", clip_home), rewards.load(rewards.RewardSettings(type="handwriting"))
     images = make_images(SIDE, SIDE)
     for reward, given, message in [
         (clip, (images, None), "clip scores images of prompts"), (clip, (torch.rand(2, 2), PROMPTS[:2]), "RGB images"),
