@@ -6,6 +6,8 @@ import os
 
 from conftest import free_port
 
+from brisk import checkpoint
+
 COMMON = '''
 import hashlib, json, os, signal
 import SCRIPT as script
@@ -95,3 +97,39 @@ def run_pair(fork_script, folder, flags, code, **variables):
 
     pair = [fork_script(*flags, whole=True, prepare=functools.partial(become, rank)) for rank in (0, 1)]
     return [process.wait() for process in pair], [process.err() for process in pair]
+
+
+def pairs_of(fork_script, base_flags, code, **own):
+    """A function: (folder of notes, flags, code=, STOP_AT=) -> exit codes and stderrs of both ranks.
+
+    They write to the folder `out` beside the notes. Args: `own`: script, and family of the models, as `base_flags` takes them.
+    """
+    fork = functools.partial(fork_script, script=own["script"])
+
+    def run(folder, flags, code=code, **variables):
+        folder.mkdir(exist_ok=True)
+        given = base_flags(f"--output_dir={folder.parent / 'out'}", *flags, **own)
+        return run_pair(fork, folder, given, code, **variables)
+
+    return run
+
+
+def unbroken(pair, folder, flags):
+    """(output, notes by rank) of a run to its end below `folder`. Args: `pair`: see `pairs_of`."""
+    codes, errors = pair(folder / "notes", flags)
+    assert codes == [0, 0], errors
+    return folder / "out", notes_of(folder / "notes")
+
+
+def assert_stops_and_goes_on(pair, folder, flags, noted, names):
+    """Told to stop by a signal to one rank at step 3, both do; resumed, they note what an unbroken run did: `noted` of `names`."""
+    flags = (*flags, "--resume_from_checkpoint=latest")
+    codes, errors = pair(folder / "first", flags, STOP_AT="3")
+    assert codes == [143, 143], errors
+    assert max(checkpoint.step_of(path) for path in (folder / "out").glob("checkpoint-*")) == 3
+    codes, errors = pair(folder / "second", flags)
+    assert codes == [0, 0], errors
+    for rank in (0, 1):
+        halves = [notes_of(folder / name)[rank] for name in ("first", "second")]
+        for name in names:
+            assert halves[0][name] + halves[1][name] == noted[rank][name], name

@@ -1,15 +1,12 @@
 """BK-SDM on two gloo processes: the step of one process with the doubled batch, draws of their own, taps, agreed stops."""
 
-import functools
 
 import pytest
 from conftest import BKSDM, read_rows
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from ranks import SHARED_DRAWS, notes_of, noting, run_pair
+from ranks import SHARED_DRAWS, assert_stops_and_goes_on, noting, pairs_of, unbroken
 from safetensors.torch import load_file
 from test_slam_processes import FSDP, ON_CPU
-
-from brisk import checkpoint
 
 STEPS = 4
 FLAGS = (f"--max_train_steps={STEPS}", "--checkpointing_steps=2", "--learning_rate=0.01", "--use_ema", "--preset=bk_tiny",
@@ -39,24 +36,13 @@ sd_models.predict, feature_taps.FeatureTaps.read = noting_predict, noting_read
 
 @pytest.fixture(scope="module")
 def pair(fork_script, base_flags):
-    """A function: (folder, flags, code, STOP_AT) -> exit codes and stderrs of both ranks."""
-    fork = functools.partial(fork_script, script=BKSDM)
-
-    def run(folder, flags, code=NOTING, **variables):
-        folder.mkdir(exist_ok=True)
-        given = base_flags(f"--output_dir={folder.parent / 'out'}", *flags, family="toy_sd1", script=BKSDM)
-        return run_pair(fork, folder, given, code, **variables)
-
-    return run
+    return pairs_of(fork_script, base_flags, NOTING, family="toy_sd1", script=BKSDM)
 
 
 @pytest.fixture(scope="module")
 def straight(pair, tmp_path_factory):
     """(output, notes by rank) of an unbroken run."""
-    folder = tmp_path_factory.mktemp("straight")
-    codes, errors = pair(folder / "notes", FLAGS)
-    assert codes == [0, 0], errors
-    return folder / "out", notes_of(folder / "notes")
+    return unbroken(pair, tmp_path_factory.mktemp("straight"), FLAGS)
 
 
 def weights(folder, name="unet"):
@@ -102,16 +88,7 @@ def test_two_processes_with_the_same_samples_noise_and_times_equal_one_with_twic
 
 
 def test_stopped_by_a_signal_to_one_rank_the_pair_goes_on_bit_for_bit(straight, pair, tmp_path):
-    flags = (*FLAGS, "--resume_from_checkpoint=latest")
-    codes, errors = pair(tmp_path / "first", flags, STOP_AT="3")
-    assert codes == [143, 143], errors
-    assert max(checkpoint.step_of(path) for path in (tmp_path / "out").glob("checkpoint-*")) == 3
-    codes, errors = pair(tmp_path / "second", flags)
-    assert codes == [0, 0], errors
-    for rank in (0, 1):
-        halves = [notes_of(tmp_path / name)[rank] for name in ("first", "second")]
-        for what in ("inputs", "times", "weights"):
-            assert halves[0][what] + halves[1][what] == straight[1][rank][what], what
+    assert_stops_and_goes_on(pair, tmp_path, FLAGS, straight[1], ("inputs", "times", "weights"))
     for name in ("unet", "unet_raw"):
         file = f"{name}/diffusion_pytorch_model.safetensors"
         assert (tmp_path / "out" / file).read_bytes() == (straight[0] / file).read_bytes()

@@ -1,19 +1,12 @@
 """scripts/demo_bksdm.sh from beginning to end, with few steps and few samples."""
 
 import json
-import subprocess
-
-from conftest import ROOT, environment
 
 
-def test_demo_leaves_a_smaller_stock_pipeline_and_a_report_of_all_four_models(tmp_path):
+def test_demo_leaves_a_smaller_stock_pipeline_and_a_report_of_all_four_models(tmp_path, run_shell):
     out = tmp_path / "demo"
-    small = {"DEMO_OUT": str(out), "DEMO_EVALUATE": "--samples 50 --seeds 1 --nfe 3 --latency_repeats 1"}
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts/demo_bksdm.sh"), "--max_train_steps", "3", "--log_every", "1"],
-        cwd=tmp_path, env=environment(**small), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    small = {"DEMO_OUT": str(out), "DEMO_EVALUATE": "--samples 50 --seeds 1 --nfe 3 --batch_size 10 --latency_repeats 1"}
+    done = run_shell("demo_bksdm.sh", "--max_train_steps", "3", "--log_every", "1", **small)
     assert "BK-SDM: 100%" in done.stderr.replace("\r", "\n")
     report = json.loads((out / "report.json").read_text())
     teacher, before, student, random = (report[name]["3"] for name in ("teacher", "before", "student", "random"))

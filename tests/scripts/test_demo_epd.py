@@ -2,11 +2,10 @@
 
 import importlib.util
 import json
-import subprocess
 
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT
 from PIL import Image
 
 from brisk import epd, predictor, predictor_files
@@ -16,13 +15,11 @@ report_epd = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(report_epd)
 
 
-def test_demo_leaves_predictors_and_a_report_of_equal_calls(tmp_path):
+def test_demo_leaves_predictors_and_a_report_of_equal_calls(tmp_path, run_shell):
     out = tmp_path / "demo"
     small = {"DEMO_OUT": str(out), "DEMO_REPORT": "--samples 50 --seeds 1 --reference_steps 8 --solvers UniPC"}
     tiny = ["--max_train_steps=2", "--batch=2", "--M=1", "--eval_samples=2", "--eval_steps=4", "--log_every=1"]
-    done = subprocess.run(["bash", str(ROOT / "scripts/demo_epd.sh"), *tiny], cwd=tmp_path, env=environment(**small),
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_shell("demo_epd.sh", *tiny, **small)
     report = json.loads((out / "report.json").read_text())
     plain, guided = report["without captions"], report["with captions, guidance 2"]
     solvers = {"UniPC", "UniPC, chosen"}

@@ -2,12 +2,11 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT
 from PIL import Image
 from random_predictor import make_predictor
 
@@ -19,15 +18,13 @@ report_epd_rl = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(report_epd_rl)
 
 
-def test_demo_leaves_tuned_predictors_and_a_report_of_before_and_after(tmp_path):
+def test_demo_leaves_tuned_predictors_and_a_report_of_before_and_after(tmp_path, run_shell):
     out = tmp_path / "demo"
     small = {"DEMO_OUT": str(out), "DEMO_REPORT": "--images_per_caption 1 --reference_steps 8",
              "DEMO_START": "--max_train_steps 1 --batch 2 --M 1 --eval_samples 2 --eval_steps 4"}  # fmt: skip
     sizes = ("reward.batch_size=8", "ppo.rollout_batch_size=8", "ppo.rloo_k=4", "ppo.minibatch_size=4")
     tiny = ["--max_train_steps=2", "--eval_samples=4", "--eval_every=1", *(f"--override={size}" for size in sizes)]
-    done = subprocess.run(["bash", str(ROOT / "scripts/demo_epd_rl.sh"), *tiny], cwd=tmp_path, env=environment(**small),
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_shell("demo_epd_rl.sh", *tiny, **small)
     report = json.loads((out / "report.json").read_text())
     tuned = ["tuned, kl_coef 0.2", "tuned, kl_coef 0"]
     names = ["long run", "DDIM", "UniPC", "UniPC, guidance 2", "untrained", "distilled", *tuned]

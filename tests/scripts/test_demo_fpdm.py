@@ -1,21 +1,15 @@
 """scripts/demo_fpdm.sh from beginning to end, with few steps and few samples."""
 
 import json
-import subprocess
 
 import numpy as np
-from conftest import ROOT, environment
 
 
-def test_demo_leaves_two_pipelines_and_a_report_at_equal_budgets(tmp_path):
+def test_demo_leaves_two_pipelines_and_a_report_at_equal_budgets(tmp_path, run_shell):
     out = tmp_path / "demo"
     small = {"DEMO_OUT": str(out),
              "DEMO_REPORT": "--samples 50 --seeds 1 --budgets 2 --iterations 2 --cold_iterations 26"}  # fmt: skip
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts/demo_fpdm.sh"), "--max_train_steps", "2", "--log_every", "1"],
-        cwd=tmp_path, env=environment(**small), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_shell("demo_fpdm.sh", "--max_train_steps", "2", "--log_every", "1", **small)
     assert "DiT: 100%" in done.stderr.replace("\r", "\n") and "FPDM: 100%" in (out / "fpdm.log").read_text()
     labels = np.load(out / "latents/labels.npy")
     assert [len(list((out / f"images/{digit}").iterdir())) for digit in range(10)] == np.bincount(labels).tolist()

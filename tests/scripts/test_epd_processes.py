@@ -1,15 +1,12 @@
 """EPD on two gloo processes: they share one batch and equal one process; agreed stops, refusals and folders."""
 
-import functools
 import json
 
 import pytest
 from conftest import EPD, read_rows
 from inprocess import assert_equal
-from ranks import notes_of, noting, run_pair
+from ranks import assert_stops_and_goes_on, notes_of, noting, pairs_of, unbroken
 from safetensors.torch import load_file
-
-from brisk import checkpoint
 
 STEPS = 4
 FLAGS = (f"--max_train_steps={STEPS}", "--checkpointing_steps=2", "--eval_every=2", "--eval_samples=5", "--update_mode=joint")
@@ -35,15 +32,7 @@ epd_distill.teacher_states, epd_distill.updates = noting_teacher, noting_updates
 
 @pytest.fixture(scope="module")
 def pair(fork_script, base_flags):
-    """A function: (folder, flags, STOP_AT) -> exit codes and stderrs of both ranks."""
-    fork = functools.partial(fork_script, script=EPD)
-
-    def run(folder, flags, **variables):
-        folder.mkdir(exist_ok=True)
-        given = base_flags(f"--output_dir={folder.parent / 'out'}", *flags, script=EPD)
-        return run_pair(fork, folder, given, NOTING, **variables)
-
-    return run
+    return pairs_of(fork_script, base_flags, NOTING, script=EPD)
 
 
 def tables(output, step=STEPS):
@@ -53,10 +42,7 @@ def tables(output, step=STEPS):
 @pytest.fixture(scope="module")
 def straight(pair, tmp_path_factory):
     """(output, notes by rank) of an unbroken run."""
-    folder = tmp_path_factory.mktemp("straight")
-    codes, errors = pair(folder / "notes", FLAGS)
-    assert codes == [0, 0], errors
-    return folder / "out", notes_of(folder / "notes")
+    return unbroken(pair, tmp_path_factory.mktemp("straight"), FLAGS)
 
 
 def test_ranks_train_on_different_halves_of_the_batch_and_stay_equal(straight):
@@ -91,16 +77,7 @@ def test_two_processes_equal_one(flags, pair, run_epd, tmp_path):
 
 
 def test_stopped_by_a_signal_to_one_rank_the_pair_goes_on_bit_for_bit(straight, pair, tmp_path):
-    flags = (*FLAGS, "--resume=latest")
-    codes, errors = pair(tmp_path / "first", flags, STOP_AT="3")
-    assert codes == [143, 143], errors
-    assert max(checkpoint.step_of(path) for path in (tmp_path / "out").glob("checkpoint-*")) == 3
-    codes, errors = pair(tmp_path / "second", flags)
-    assert codes == [0, 0], errors
-    for rank in (0, 1):
-        halves = [notes_of(tmp_path / name)[rank] for name in ("first", "second")]
-        for what in ("inputs", "weights"):
-            assert halves[0][what] + halves[1][what] == straight[1][rank][what], what
+    assert_stops_and_goes_on(pair, tmp_path, FLAGS, straight[1], ("inputs", "weights"))
     assert_equal(tables(tmp_path / "out"), tables(straight[0]))
     assert (tmp_path / "out/report.json").read_text() == (straight[0] / "report.json").read_text()
 

@@ -1,14 +1,12 @@
 """FPDM on two gloo processes: equal numbers of iterations, the step of one process with the whole batch, agreed stops."""
 
-import functools
 
 import pytest
 from conftest import FPDM, read_rows
 from inprocess import assert_equal, weights
-from ranks import SHARED_DRAWS, notes_of, noting, run_pair
+from ranks import SHARED_DRAWS, assert_stops_and_goes_on, notes_of, noting, pairs_of, unbroken
 
 import train_fpdm
-from brisk import checkpoint
 
 STEPS = 4
 FLAGS = (f"--max_train_steps={STEPS}", "--checkpointing_steps=2", "--learning_rate=0.01", "--ema_decay=0.9", "--adam_epsilon=1e-5",
@@ -31,24 +29,13 @@ fpdm.FPDMTransformer2DModel.forward = noting_forward
 
 @pytest.fixture(scope="module")
 def pair(fork_script, base_flags):
-    """A function: (folder, flags, code, STOP_AT) -> exit codes and stderrs of both ranks."""
-    fork = functools.partial(fork_script, script=FPDM)
-
-    def run(folder, flags, code=NOTING, **variables):
-        folder.mkdir(exist_ok=True)
-        given = base_flags(f"--output_dir={folder.parent / 'out'}", *flags, script=FPDM)
-        return run_pair(fork, folder, given, code, **variables)
-
-    return run
+    return pairs_of(fork_script, base_flags, NOTING, script=FPDM)
 
 
 @pytest.fixture(scope="module")
 def straight(pair, tmp_path_factory):
     """(output, notes by rank) of an unbroken run."""
-    folder = tmp_path_factory.mktemp("straight")
-    codes, errors = pair(folder / "notes", FLAGS)
-    assert codes == [0, 0], errors
-    return folder / "out", notes_of(folder / "notes")
+    return unbroken(pair, tmp_path_factory.mktemp("straight"), FLAGS)
 
 
 def test_ranks_iterate_equally_often_on_different_data_and_stay_equal(straight):
@@ -94,16 +81,7 @@ def test_two_processes_with_the_same_samples_noise_and_times_equal_one_with_the_
 
 
 def test_stopped_by_a_signal_to_one_rank_the_pair_goes_on_bit_for_bit(straight, pair, tmp_path):
-    flags = (*FLAGS, "--resume=latest")
-    codes, errors = pair(tmp_path / "first", flags, STOP_AT="3")
-    assert codes == [143, 143], errors
-    assert max(checkpoint.step_of(path) for path in (tmp_path / "out").glob("checkpoint-*")) == 3
-    codes, errors = pair(tmp_path / "second", flags)
-    assert codes == [0, 0], errors
-    for rank in (0, 1):
-        halves = [notes_of(tmp_path / name)[rank] for name in ("first", "second")]
-        for what in ("inputs", "times", "iterations", "weights"):
-            assert halves[0][what] + halves[1][what] == straight[1][rank][what], what
+    assert_stops_and_goes_on(pair, tmp_path, FLAGS, straight[1], ("inputs", "times", "iterations", "weights"))
     assert_equal(weights(tmp_path / "out"), weights(straight[0]))
 
 

@@ -4,7 +4,6 @@ import json
 import math
 import shlex
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -81,9 +80,9 @@ def test_published_command_lines_train_as_printed(line, depth, folder, run_fpdm)
     assert resolved["learning_rate"] == 1e-4 and resolved["adam_weight_decay"] == 0 and resolved["ema_decay"] == 0.9999
 
 
-def test_published_launch_runs_one_process_where_there_is_no_gpu(tmp_path):
+def test_published_launch_runs_one_process_where_there_is_no_gpu(warm, tmp_path):
     words = shlex.split(PUBLISHED[1].replace("--num_processes 8", "--num_processes 1"))
-    command = [sys.executable, "-m", "accelerate.commands.launch", *words[2:], *OWN[FPDM], "--synthetic_data=16",
+    command = [warm.python, "-m", "accelerate.commands.launch", *words[2:], *OWN[FPDM], "--synthetic_data=16",
                "--max_train_steps=1", "--report_to=none", f"--output_dir={tmp_path}", "--log_every=1"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -20,13 +20,19 @@ FEW_STEPS = [f"--{name}={value}" for name, value in {
 }.items()]  # fmt: skip
 
 
-def call(*arguments):
-    command = [sys.executable, str(ROOT / "scripts/make_tiny_teacher.py"), *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def call(warm):
+    """A function: the finished process of make_tiny_teacher.py with the given arguments."""
+
+    def run(*arguments):
+        command = [warm.python, ROOT / "scripts/make_tiny_teacher.py", *map(str, arguments)]
+        return subprocess.run(command, env=environment(), capture_output=True, text=True)
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(call, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     # An older result stands in the way and has to give way.
     (folder / "teacher").mkdir()
@@ -86,7 +92,7 @@ def test_words_of_captions_are_single_tokens_and_other_text_is_split():
     assert tokenizer.unk_token_id not in tokenizer("Übergrößen 12!", add_special_tokens=False).input_ids
 
 
-def test_shards_are_written_alone_and_reproducibly(tmp_path):
+def test_shards_are_written_alone_and_reproducibly(call, tmp_path):
     for name in ("a", "b"):
         result = call("--shards", tmp_path / name, "--copies", 1, "--samples_per_shard", 800)
         assert result.returncode == 0, result.stderr[-2000:]
@@ -113,7 +119,7 @@ def test_random_teacher_and_shards_are_written_in_place_of_older_ones(tmp_path, 
         "synthetic-00000.tar", "synthetic-00001.tar"]  # fmt: skip
 
 
-def test_bad_input_is_one_sentence_and_touches_nothing(tmp_path):
+def test_bad_input_is_one_sentence_and_touches_nothing(call, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for arguments, message in (
         ([], "give one of --shards and --output_dir"),

@@ -65,10 +65,10 @@ def workplace(tmp_path_factory, models):
     return place
 
 
-def shrink(words, place, models, shards):
+def shrink(words, models, shards):
     """The command with a tiny teacher, local data and small sizes; everything else as printed."""
     if words[0] == "accelerate":
-        words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *words[2:]]
+        words = ["python", "-m", "accelerate.commands.launch", "--cpu", *words[2:]]
     if any(word.endswith("precompute_latents.py") for word in words):
         changes = ["--resolution", "32", "--pretrained_teacher_model", str(models["sd1"])]
         return words + changes
@@ -85,14 +85,12 @@ def shrink(words, place, models, shards):
                                   and "_fpdm.py" not in line and "--class_labels" not in line and "_epd" not in line
                                   and "evaluate.py" not in line
                                   and ("scripts/" not in line or "precompute" in line)])  # fmt: skip
-def test_command_runs(line, workplace, models, shards):
+def test_command_runs(line, workplace, models, shards, warm):
     if line.startswith(INSTALL):
         assert "pip install -r requirements.txt -e ." in line
         return
-    words = shrink(shlex.split(line), workplace, models, f"pipe:cat {shards}" if "/" in str(shards) else shards)
-    if words[0] == "python":
-        words[0] = sys.executable
-    run(words, workplace)
+    words = shrink(shlex.split(line), models, f"pipe:cat {shards}" if "/" in str(shards) else shards)
+    run(words, workplace, warm)
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +130,9 @@ def test_evaluation_runs(line, measurable, monkeypatch, capsys):
     monkeypatch.chdir(measurable)
     words = shlex.split(line.removeprefix("accelerate launch ").removeprefix("python "))
     assert words.pop(0) == "evaluate.py"
-    small = ["--samples=50", "--seeds=1", "--latency_repeats=1"] if "--protocol" not in words else ["--latency_repeats=0"]
+    small = ["--batch_size=10", "--latency_repeats=1" if "--protocol" not in words else "--latency_repeats=0"]
     if "--protocol" not in words:  # the teacher at many budgets takes long
-        small += ["--teacher=none"] if "--nfe" in words else ["--nfe=2"]
+        small += ["--samples=50", "--seeds=1", "--teacher=none" if "--nfe" in words else "--nfe=2"]
     small += ["--samples=20", "--resolution=32"] if "coco2014_30k" in words else []
     evaluate.main([*words, *small])
     assert not re.search("has no effect", capsys.readouterr().out)
@@ -149,7 +147,9 @@ def test_there_are_four_evaluations():
     assert len(evaluations()) == 4 and sum("--nfe 1 2 4 8" in line for line in evaluations()) == 1
 
 
-def run(words, place):
+def run(words, place, warm):
+    """Run a command in a folder; `python` is the warm one."""
+    words = [warm.python, *words[1:]] if words[0] == "python" else words
     done = subprocess.run(words, cwd=place, env=environment(WANDB_MODE="offline"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -192,7 +192,7 @@ def hub(workplace):
     return workplace
 
 
-def test_smaller_sdxl_is_trained_converted_and_sampled_as_printed(hub, monkeypatch):
+def test_smaller_sdxl_is_trained_converted_and_sampled_as_printed(hub, warm, monkeypatch):
     """The commands and the snippet of the section follow each other; only sizes, precision and device differ."""
     train, convert = (next(line for line in commands() if part in line) for part in
                       ("small_sd_xl_pokemon_blip", "convert_bksdm.py"))  # fmt: skip
@@ -200,7 +200,7 @@ def test_smaller_sdxl_is_trained_converted_and_sampled_as_printed(hub, monkeypat
     assert (launch, script) == ("launch", f"{BKSDM}.py")
     small = ["--max_train_steps=2", "--resolution=32", "--mixed_precision=no", "--dataloader_num_workers=0", "--report_to=none",
              "--checkpointing_steps=2", "--validation_inference_steps=2", "--validation_steps=2"]  # fmt: skip
-    run([sys.executable, "-m", "accelerate.commands.launch", "--cpu", script, *flags, *small], hub)
+    run(["python", "-m", "accelerate.commands.launch", "--cpu", script, *flags, *small], hub, warm)
     output = hub / "work_dirs/small_sd_xl_pokemon_blip"
     (output / "checkpoint-2").rename(output / "checkpoint-417")
     assert (output / "validation/step-000002/student-2-steps.png").is_file()

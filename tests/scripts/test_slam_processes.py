@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 import yaml
@@ -39,12 +38,12 @@ sd_models.predict, sd_inputs.latent_moments = noting_predict, noting_encode
 
 
 @pytest.fixture(scope="module")
-def straight(base_flags, tmp_path_factory):
+def straight(warm, base_flags, tmp_path_factory):
     """An unbroken run started by `accelerate launch` with configs/accelerate/two_cpu.yaml: (output, notes by rank)."""
     folder = tmp_path_factory.mktemp("straight")
     (folder / "driver.py").write_text(NOTING + "from brisk import options\noptions.run(script.main)\n")
     config = ROOT / "configs/accelerate/two_cpu.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port",
+    command = [warm.python, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port",
                str(free_port()), folder / "driver.py", *base_flags(f"--output_dir={folder / 'out'}", *FLAGS)]  # fmt: skip
     variables = environment(ACCELERATE_USE_CPU="true", NOTES_TO=str(folder))
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240)

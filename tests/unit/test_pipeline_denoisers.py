@@ -332,6 +332,21 @@ def test_classifier_guidance_is_the_gradient_by_hand(made):
             denoisers.direction_for(made["cm"][1] if wrong else denoiser, LABELS, 3, "cg", 2.0, classifier=wrong)
 
 
+def test_training_goes_through_the_gradient_of_the_classifier(made):
+    """The slope of the guided direction's square, guidance far above the rest, by a difference."""
+    denoiser = made["adm_classes"][1]
+    x, level = states(denoiser)
+    step = noise(denoiser, 1)
+    weights = torch.randn(3 * 64, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 10
+    guided = denoisers.direction_for(denoiser, LABELS, 3, "cg", 20.0,
+                                     classifier=lambda inputs, _: (inputs.flatten(1).double() @ weights).sin() * 3)  # fmt: skip
+    x.requires_grad_()
+    guided(x, level).square().sum().backward()
+    with torch.no_grad():
+        ahead, behind = (guided(x + shift * step, level).double().square().sum() for shift in (1e-2, -1e-2))
+    assert ((ahead - behind) / 2e-2).item() == pytest.approx((x.grad * step).sum().item(), rel=0.02)
+
+
 def test_rounded_timesteps_are_trained_ones():
     pipe = tiny_pipelines.make("sd1")
     for rounded in (False, True):
