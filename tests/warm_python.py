@@ -5,10 +5,10 @@ arguments, folder, environment and streams, runs the program as `__main__`, and 
 read from the environment while they are imported (HF_HUB_OFFLINE) is the server's.
 """
 
-import array
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -21,8 +21,7 @@ def call(place, words):
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(place)
         message = json.dumps([words, os.getcwd(), dict(os.environ)]).encode()
-        streams = array.array("i", [0, 1, 2])
-        connection.sendmsg([len(message).to_bytes(LENGTH)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+        socket.send_fds(connection, [len(message).to_bytes(LENGTH)], [0, 1, 2])
         connection.sendall(message)
         with connection.makefile("r") as answers:
             child = int(answers.readline())
@@ -32,20 +31,21 @@ def call(place, words):
 
 
 def serve(place):
-    """Answer calls for ever; returns in the child of one, which is to run the words that are returned."""
+    """Answer calls until the standard input ends; returns in the child of one, which is to run the words that are returned."""
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(place)
         door.listen(64)
         print("ready", flush=True)
         while True:
+            if sys.stdin in select.select([door, sys.stdin], [], [])[0]:
+                os._exit(0)
             connection, _ = door.accept()
             if os.fork():
                 connection.close()
                 continue
             door.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            length, control, *_ = connection.recvmsg(LENGTH, socket.CMSG_SPACE(3 * array.array("i").itemsize))
-            streams = array.array("i", control[0][2])
+            length, streams, *_ = socket.recv_fds(connection, LENGTH, 3)
             with connection.makefile("rb") as file:
                 words, folder, environment = json.loads(file.read(int.from_bytes(length)))
             child = os.fork()
@@ -137,7 +137,7 @@ def import_everything(root):
 
 
 class Warm:
-    """A server in a process of its own, and `python`, the command that calls it; `close` ends it."""
+    """A server in a process of its own, which ends with this one; `python` calls it, with `bash` as BASH_ENV so does a script."""
 
     def __init__(self, folder, root, environment):
         import subprocess
@@ -149,13 +149,13 @@ class Warm:
         with open(self.bash, "w") as file:  # a function comes before what is on the PATH
             file.write(f'python() {{ "{self.python}" "$@"; }}\n')
         command = [sys.executable, __file__, "serve", place, self.python, str(root)]
-        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        self.process = subprocess.Popen(command, env=environment, **pipes)
         if not self.process.stdout.readline():
             raise RuntimeError(self.process.stderr.read().decode())
 
     def close(self):
-        self.process.kill()
-        self.process.wait()
+        self.process.communicate()
 
 
 if __name__ == "__main__":
