@@ -178,4 +178,4 @@ def load_classifier(name, device="cpu"):
         raise UserError(f"--classifier {name} is no module:function that can be imported and called: {error}.") from None
     if not callable(found):
         raise UserError(f"--classifier {name} returned a {type(found).__name__}, not a callable classifier.")
-    return denoisers.frozen(found.to(device)) if isinstance(found, torch.nn.Module) else found
+    return found.to(device).requires_grad_(False).eval() if isinstance(found, torch.nn.Module) else found

@@ -105,11 +105,11 @@ def test_no_call_searches_the_modules_of_the_network(small, monkeypatch):
 def test_compiles_once_per_number_of_rows(small, monkeypatch):
     counter, compile = CompileCounter(), torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode, dynamic: compile(self, backend=counter, dynamic=dynamic))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     torch._dynamo.reset()
-    entries, _ = make("--compile", "--batch_sizes=1,2", "--guidance_scale=1")
-    for entry in [*entries.values()] * 2:
-        entry.call()
+    with torch._dynamo.config.patch(recompile_limit=1):  # monkeypatch would leave the option hidden
+        entries, _ = make("--compile", "--batch_sizes=1,2", "--guidance_scale=1")
+        for entry in [*entries.values()] * 2:
+            entry.call()
     assert counter.frame_count == 3  # 1, 2 and 4 rows
     torch._dynamo.reset()
 
