@@ -282,14 +282,14 @@ def restore(session, run, record):
     return found
 
 
-def say_replaced(args, session, names):
-    """Print which models of an earlier report in --output_dir the report of the models `names` will not have."""
+def say_replaced(args, session, changed, entries):
+    """Print which models of an earlier report in --output_dir the report of `entries` will not have."""
     from brisk import image_folder
 
-    run = Path(read_entry(args.watch, "--watch").source) if args.watch else None
-    before = image_folder.read_json(session.output / "report.json")
-    models = before["models"] if "protocol" in before else {}  # else it is none of this script's
-    lost = [name for name, facts in models.items() if name not in names and Path(facts["source"]).parent != run]
+    kept = {entry.name for entry in entries}
+    if args.watch:
+        kept |= restore(session, Path(read_entry(args.watch, "--watch").source), record_of(args, session, changed)).keys()
+    lost = [name for name in image_folder.read_json(session.output / "report.json").get("models", {}) if name not in kept]
     if lost:
         session.say(f"{session.output}/report.json holds the figures of {', '.join(lost)}: the new report replaces it.")
 
@@ -380,7 +380,7 @@ def main(argv=None):
     # the others wait while the first measures times
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=datetime.timedelta(days=1))
     session = open_session(args, protocol, state)
-    say_replaced(args, session, [entry.name for entry in [*([teacher] if teacher else []), *entries]])
+    say_replaced(args, session, changed, [*([teacher] if teacher else []), *entries])
     try:
         measure_all(args, session, changed, teacher, entries)
     except KeyboardInterrupt:

@@ -150,10 +150,10 @@ def load_model(wanted, predictor, device, dtype):
     except options.UserError as error:
         config = (predictor.model.get("backend_config") or {}) if predictor else {}
         flag, place = ("--gmm_file", wanted.gmm_file) if wanted.gmm_file else (denoiser_sources.FLAG, wanted.source)
-        if place is None or place not in config.values() or place not in str(error):
+        if place is None or place not in config.values() or str(Path(place)) not in str(error):
             raise
         raise options.UserError(f"{str(error).rstrip('.')}; the predictor {predictor.name} recorded {place}, {flag} gives another "
-                                "place.") from None  # fmt: skip
+                                "place.", error.exit_code) from None  # fmt: skip
 
 
 def refuse(sentences, force):

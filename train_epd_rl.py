@@ -152,23 +152,22 @@ def check_processes(args, settings, accelerator):
 
 
 def naming_keys(run):
-    """`run(argv)`, whose errors speak of keys where keys were written, not of the flags of other scripts."""
+    """`run` of a command line, whose errors speak of keys where keys were written, not of the flags of other scripts."""
 
     @functools.wraps(run)
     def named(argv=None):
+        parsed = parse_args(argv)
         try:
-            run(argv)
+            run(*parsed)
         except options.UserError as error:
-            origins = parse_args(argv)[0].origins  # where this fails, it does with the same error
-            raise options.UserError(epd_rl_options.in_keys(str(error), origins), error.exit_code) from None
+            raise options.UserError(epd_rl_options.in_keys(str(error), parsed[0].origins), error.exit_code) from None
 
     return named
 
 
 @naming_keys
-def main(argv=None):
+def main(args, given, settings, stated):
     # 1 options
-    args, given, settings, stated = parse_args(argv)
     if args.export:
         export(args, given)
         return

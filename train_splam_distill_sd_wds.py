@@ -121,9 +121,9 @@ def make_student(args, teacher, warn):
     from brisk import sd_models
 
     if teacher.config.time_cond_proj_dim:
-        warn(f"The teacher takes a timestep_cond of width {teacher.config.time_cond_proj_dim}: it is guidance-distilled already, "
-             f"and --w_scale {args.w_scale:g} guides it once more; --pretrained_teacher_model should be the model that it was "
-             "distilled from.")  # fmt: skip
+        again = f", and --w_scale {args.w_scale:g} guides it once more" if args.w_scale else ""
+        warn(f"The teacher takes a timestep_cond of width {teacher.config.time_cond_proj_dim}: it is guidance-distilled already"
+             f"{again}; --pretrained_teacher_model should be the model that it was distilled from.")  # fmt: skip
     if args.use_lora:
         targets = args.lora_target_modules.split(",") if args.lora_target_modules else sd_models.LORA_TARGETS
         return teacher, sd_models.add_lora(teacher, args.lora_rank, args.lora_alpha, args.lora_dropout, targets), None

@@ -169,9 +169,10 @@ def in_keys(sentence, origins):
     Args: `origins`: the latter, {flag: (key, where it stands)}.
     """
     keys = OTHERS_FLAGS | {name: key for name, (key, _) in origins.items()}
-    places = [origins[name][1] for name in re.findall(r"--(\w+)", sentence) if name in origins]
-    said = re.sub(r"--(\w+)", lambda found: keys.get(found[1], found[0]), sentence)
-    return f"{places[0]}: {said}" if places else said
+    flag = r"(?<![\w-])--(\w+)"  # not within a path
+    said = re.sub(flag, lambda found: keys.get(found[1], found[0]), sentence)
+    first = re.search(flag, sentence)  # the culprit; those after it are what would help
+    return f"{origins[first[1]][1]}: {said}" if first and first[1] in origins else said
 
 
 def check(settings, stated):

@@ -151,8 +151,10 @@ def load_feature(path, denoiser):
 
 def from_anywhere(source):
     """A local folder or file (FILE:NAME too) by its whole path, without secrets; a hub id or None as it is."""
-    file, colon, name = (source or "").partition(":")
-    return source and redact(os.path.abspath(file) + colon + name if Path(file).exists() else source)
+    if source is None:
+        return None
+    file, colon, name = (source, "", "") if Path(source).exists() else source.partition(":")
+    return redact(os.path.abspath(file) + colon + name if Path(file).exists() else source)
 
 
 def make_predictor(name, args, denoiser, levels, raw, training):

@@ -10,20 +10,21 @@ NOT_UPLOADED = ["checkpoint-*", "checkpoint-*/**", "earlier-*/**", ".checkpoint-
 
 
 def why(error, source=None, limit=300):
-    """Why something of the hub or of a folder cannot be loaded, in a clause of at most `limit` characters.
+    """Why something of the hub or of a folder cannot be loaded, in a clause.
 
-    Args: `source`: folder or hub id; the clause ends with what to do about an id that cannot be reached.
+    Args: `source`: folder or hub id; the clause ends with what to do about an id that cannot be reached; `limit`: the most
+    characters of the library's own reason.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     text, cause = " ".join(str(error).split())[:limit], error
     while cause is not None and not isinstance(cause, LocalEntryNotFoundError):
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     if cause is not None:  # of which the libraries say that the repository lacks the file
         away = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
         text = f"its files are not all in the cache and {away}"
-    is_id = source is not None and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) and not Path(source).is_dir()
+    is_id = source is not None and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) and not Path(source).exists()
     if not is_id or (cause is None and not constants.HF_HUB_OFFLINE):
         return text
     return f"{text.rstrip('.')}; give a folder, or get it beforehand by `hf download {source}`."

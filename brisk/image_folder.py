@@ -6,11 +6,12 @@ from brisk.options import UserError
 
 
 def read_json(path):
-    """What a JSON file holds; {} if there is no such file or it holds something else."""
+    """What a JSON file holds; {} if there is no such file or it holds no object."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def check_settings(folder, file, settings, remedy):

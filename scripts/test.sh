@@ -5,5 +5,4 @@ EXTRA=test
 source scripts/setup.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 WANDB_MODE=offline
 python -m ruff check .
-# files in the order of their names: the long ones do not come last, when one process would wait for another
-exec python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest -q -n auto --dist loadfile "$@"

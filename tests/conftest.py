@@ -1,5 +1,6 @@
 """Shared by all tests: where the golden numbers lie, tiny reward models."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ def pytest_addoption(parser):
         default=str(ROOT / "tests/assets/conformance"),
         help="folder with one subfolder of golden numbers per method",
     )
+
+
+def pytest_collection_finish():
+    """What all test modules imported stays for good, and need not be searched for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -60,9 +60,12 @@ def answer(connection, child, streams):
     """Tell the caller the child's number, and at its end its exit code; ends this process."""
     for stream in streams:
         os.close(stream)
-    with contextlib.suppress(OSError):  # a caller that is gone needs no answer
+    with contextlib.suppress(OSError):
         connection.sendall(b"%d\n" % child)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            if select.select([connection], [], [], 0.01)[0]:  # the caller is gone
+                os.kill(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(ended[1])
         connection.sendall(b"%d\n" % (code if code >= 0 else 128 - code))
     os._exit(0)
 
@@ -123,7 +126,7 @@ def import_everything(root):
     import diffusers
     import transformers
 
-    sys.path[:0] = ["", root, f"{root}/scripts"]
+    sys.path[0] = root
     for name in sorted(os.listdir(f"{root}/brisk")):
         if name.endswith(".py"):
             importlib.import_module(f"brisk.{name.removesuffix('.py')}")
@@ -134,6 +137,7 @@ def import_everything(root):
             getattr(module, name)
     for name in ("accelerate.commands.launch", "matplotlib.pyplot", "peft", "torch.utils.tensorboard", "torchmetrics"):
         importlib.import_module(name)
+    sys.path[0] = ""  # of a program its folder
 
 
 class Warm:
@@ -151,7 +155,7 @@ class Warm:
         command = [sys.executable, __file__, "serve", place, self.python, str(root)]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         self.process = subprocess.Popen(command, env=environment, **pipes)
-        if not self.process.stdout.readline():
+        if self.process.stdout.readline() != b"ready\n":
             raise RuntimeError(self.process.stderr.read().decode())
 
     def close(self):

@@ -27,6 +27,7 @@ SOURCES = ("--train_shards_path_or_url", "--train_data_dir", "--dataset_name", "
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask a network, nor wait for one
+pytest.register_assert_rewrite("ranks", "refusals")
 import warm_python  # noqa: E402 - torch reads these settings when it is imported
 from inprocess import BKSDM, EPD, FPDM, OWN, SLAM, remembered_plans  # noqa: E402
 
@@ -66,7 +67,7 @@ def run_shell(warm, tmp_path):
 
     def run(name, *flags, **variables):
         done = subprocess.run(["bash", ROOT / "scripts" / name, *flags], cwd=tmp_path, capture_output=True, text=True,
-                              env=environment(**variables, BASH_ENV=warm.bash))  # fmt: skip
+                              env=environment(**{"BASH_ENV": warm.bash, **variables}))  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         return done
 

@@ -1,6 +1,5 @@
 """BK-SDM on two gloo processes: the step of one process with the doubled batch, draws of their own, taps, agreed stops."""
 
-
 import pytest
 from conftest import BKSDM, read_rows
 from diffusers import DiffusionPipeline, UNet2DConditionModel

@@ -5,6 +5,7 @@ from conftest import ROOT
 from epd_rl_runs import SCRIPT, flags, pipeline_start, run, start_file
 from inprocess import train
 
+from brisk import epd_rl_options
 from brisk.options import UserError
 
 TEACHER = ROOT / "assets/tiny-teacher"
@@ -154,6 +155,15 @@ def test_messages_about_the_model_name_the_key_that_says_it(refused, tmp_path):
     assert "; give a folder, or get it beforehand by `hf download nowhere/at-all`." in message
     message = refused(start=pipeline_start(tmp_path, "sd3", TEACHER, flow=True))
     assert "model.backend, model.dataset_name or the predictor ask for one of family sd3" in message and "--" not in message
+
+
+@pytest.mark.parametrize("sentence, said", [
+    ("--seed 3 is bad", "--config own.yaml: run.seed 3 is bad"),
+    ("--eval_samples has no effect without --seed", "--eval_samples has no effect without run.seed"),  # the flag is at fault
+    ("/runs/a--seed/x has no --backend", "/runs/a--seed/x has no model.backend"),
+])  # fmt: skip
+def test_flags_are_keys_in_sentences_but_not_in_paths(sentence, said):
+    assert epd_rl_options.in_keys(sentence, {"seed": ("run.seed", "--config own.yaml")}) == said
 
 
 def test_a_script_ends_with_code_2_and_one_line(run_script, start, tmp_path):

@@ -101,6 +101,14 @@ def test_a_run_goes_on_with_the_images_that_are_there(report, tmp_path, capsys):
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
 
+@pytest.mark.parametrize("content", ["5", '{"protocol": 1}', '{"a": {"4": {}}, "protocol": "builtin"}'])
+def test_a_report_of_another_script_is_no_matter(content, tmp_path, capsys):
+    (tmp_path / "report.json").write_text(content)
+    session = SimpleNamespace(output=tmp_path, say=print)
+    evaluate.say_replaced(SimpleNamespace(watch=None), session, [], [])
+    assert capsys.readouterr().out == ""
+
+
 def test_finished_images_have_the_figures_of_the_model_that_drew_them(report, tmp_path, capsys):
     """Of one set, from a folder and from an .npz file; an unreadable image is counted and the others keep their captions."""
     folder, _ = report

@@ -1,6 +1,5 @@
 """FPDM on two gloo processes: equal numbers of iterations, the step of one process with the whole batch, agreed stops."""
 
-
 import pytest
 from conftest import FPDM, read_rows
 from inprocess import assert_equal, weights

@@ -6,6 +6,7 @@ import json
 def test_quickstart_leaves_a_stock_pipeline_and_a_report(tmp_path, run_shell):
     out = tmp_path / "quickstart"
     small = {
+        "BASH_ENV": "",  # each program with an interpreter of its own: what it needs it imports itself
         "QUICKSTART_OUT": str(out),
         "QUICKSTART_EVALUATE": "--samples 50 --seeds 1 --nfe 4 1 --batch_size 10 --latency_repeats 1",
     }

@@ -9,11 +9,10 @@ import pytest
 from conftest import environment
 
 PROGRAM = """import json, os, signal, sys
-sys.path.insert(1, "")
 if sys.argv[1:] == ["wait"]:
     print("up", flush=True)
     signal.pause()
-print(json.dumps([__name__, sys.argv, sys.path[0], os.getcwd(), os.environ["MINE"], sys.stdin.read()]))
+print(json.dumps([__name__, sys.argv, sys.path, os.getcwd(), os.environ["MINE"], sys.stdin.read()]))
 print("said", file=sys.stderr)
 """
 ENDS = {"": 0, "sys.exit()": 0, "sys.exit(3)": 3, "sys.exit('in words')": 1, "raise ValueError('no')": 1,

@@ -132,7 +132,7 @@ def test_best_value_of_a_column_is_bold(written):
     page = written[-1]
     bold = re.findall(r"<b>(.*?)</b>", page)
     # agreement the most, all else the least; parameters are all the same, images and unreadable are no measures
-    assert bold == ["8", "0.05", "0.9000", "0.0021", "1e-07"]
+    assert bold == ["8", "0.05", "0.9000", "0.0021", "1e-07"] and "<b>0.9000</b> <small>±0.0020</small>" in page
     assert "<th>all ↑</th>" in page and "<th>frechet ↓</th>" in page and "<th>images</th>" in page
 
 
