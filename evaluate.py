@@ -379,6 +379,7 @@ def main(argv=None):
     runlog.allow_fast_maths(args.allow_tf32)
     # the others wait while the first measures times
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=datetime.timedelta(days=1))
+    runlog.check_processes(state)
     session = open_session(args, protocol, state)
     say_replaced(args, session, changed, [*([teacher] if teacher else []), *entries])
     try:

@@ -167,7 +167,6 @@ def main(argv=None):
     device, rank, is_main, processes = (accelerator.device, accelerator.process_index, accelerator.is_main_process,
                                         accelerator.num_processes)  # fmt: skip
     if args.batch % (processes * (args.batch_gpu or 1)):
-        accelerator.wait_for_everyone()  # who leaves while others start breaks their start
         at_once = f" x --batch_gpu {args.batch_gpu}" if args.batch_gpu else ""
         raise options.UserError(f"--batch {args.batch} cannot be divided among {processes} processes{at_once}.")
     dataset = args.dataset_name or args.pretrained_model_name_or_path or args.backend or "gmm"

@@ -145,7 +145,6 @@ def check_processes(args, settings, accelerator):
     """UserError where the images of an update or of an evaluation cannot be shared out."""
     processes, size = accelerator.num_processes, settings["ppo.rollout_batch_size"]
     if size % processes or (args.eval_every and args.eval_samples < processes):
-        accelerator.wait_for_everyone()  # who leaves while others start breaks their start
         what = (f"ppo.rollout_batch_size {size} cannot be divided" if size % processes else
                 f"--eval_samples {args.eval_samples} cannot be shared")  # fmt: skip
         raise options.UserError(f"{what} among {processes} processes.")

@@ -219,6 +219,7 @@ class StopSignal:
         if accelerator.num_processes > 1:
             # host-side agreement over gloo: asking costs no device synchronisation
             self.group = torch.distributed.new_group(backend="gloo")
+            accelerator.wait_for_everyone()  # one that left now would break the start of the others' group
 
     def _remember(self, number, frame):
         if self.received == number:  # asked twice: the user means now

@@ -56,11 +56,12 @@ def usable_precision(wanted):
 
 
 def check_processes(accelerator, needs_whole_tensors=False):
-    """UserError for launches that cannot work.
+    """Wait until every process has started; UserError for launches that cannot work.
 
-    Processes that each believe to be alone would overwrite each other; Some runs (`needs_whole_tensors`) cannot take FSDP's
+    Processes that each believe to be alone would overwrite each other. Some runs (`needs_whole_tensors`) cannot take FSDP's
     sharded parameters.
     """
+    accelerator.wait_for_everyone()  # who leaves while others start, because of a bad flag, breaks their start
     if needs_whole_tensors and accelerator.distributed_type == "FSDP":
         raise UserError("FSDP shards the parameters, which LoRA, 8-bit Adam, Adafactor and train_fpdm.py cannot take.")
     started = int(os.environ.get("WORLD_SIZE", "1"))

@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -47,10 +48,12 @@ def environment(**changes):
 
 
 def free_port():
-    """A TCP port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nothing listens on, and that the system gives to no connection of its own choice meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,9 @@
 """Two gloo processes of a training script on the CPU: code that notes what each rank draws, started rank by rank."""
 
-import functools
 import json
-import os
+import subprocess
 
-from conftest import free_port
+from conftest import environment, free_port
 
 from brisk import checkpoint
 
@@ -86,30 +85,42 @@ def notes_of(folder):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def run_pair(fork_script, folder, flags, code, **variables):
-    """Start both ranks by hand, so that each one's exit code is seen -> (exit codes, stderrs)."""
-    variables |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    variables |= {"ACCELERATE_USE_CPU": "true", "NOTES_TO": str(folder)}
+def run_ranks(warm, folder, program, flags, world=2, **variables):
+    """Start every rank of the file `program` by hand, so that each one's exit code is seen -> (exit codes, stderrs).
 
-    def become(rank):
-        os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
-        exec(compile(code, "driver", "exec"), {"__name__": "driver"})
+    None is a fork of this process, which has threads. Args: `folder`: for what they print, as stdout-<rank> and stderr-<rank>.
+    """
+    folder.mkdir(exist_ok=True)
+    variables |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    variables |= {"ACCELERATE_USE_CPU": "true"}
+    ranks = []
+    for rank in range(world):
+        own = environment(**variables, RANK=str(rank), LOCAL_RANK=str(rank))
+        with open(folder / f"stdout-{rank}", "w") as out, open(folder / f"stderr-{rank}", "w") as error:
+            ranks.append(subprocess.Popen([warm.python, program, *flags], env=own, stdout=out, stderr=error))
+    try:
+        return [rank.wait(240) for rank in ranks], [(folder / f"stderr-{rank}").read_text() for rank in range(world)]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
-    pair = [fork_script(*flags, whole=True, prepare=functools.partial(become, rank)) for rank in (0, 1)]
-    return [process.wait() for process in pair], [process.err() for process in pair]
+
+def run_driver(warm, folder, flags, code, world=2, **variables):
+    """`run_ranks` of `code` and then the script that it imports as `script`; notes go to `folder`."""
+    folder.mkdir(exist_ok=True)
+    driver = folder / "driver.py"
+    driver.write_text(f"{code}\nfrom brisk import options\n\noptions.run(script.main)\n")
+    return run_ranks(warm, folder, driver, flags, world, NOTES_TO=str(folder), **variables)
 
 
-def pairs_of(fork_script, base_flags, code, **own):
+def pairs_of(warm, base_flags, code, **own):
     """A function: (folder of notes, flags, code=, STOP_AT=) -> exit codes and stderrs of both ranks.
 
     They write to the folder `out` beside the notes. Args: `own`: script, and family of the models, as `base_flags` takes them.
     """
-    fork = functools.partial(fork_script, script=own["script"])
 
     def run(folder, flags, code=code, **variables):
-        folder.mkdir(exist_ok=True)
-        given = base_flags(f"--output_dir={folder.parent / 'out'}", *flags, **own)
-        return run_pair(fork, folder, given, code, **variables)
+        return run_driver(warm, folder, base_flags(f"--output_dir={folder.parent / 'out'}", *flags, **own), code, **variables)
 
     return run
 

@@ -34,8 +34,8 @@ sd_models.predict, feature_taps.FeatureTaps.read = noting_predict, noting_read
 
 
 @pytest.fixture(scope="module")
-def pair(fork_script, base_flags):
-    return pairs_of(fork_script, base_flags, NOTING, family="toy_sd1", script=BKSDM)
+def pair(warm, base_flags):
+    return pairs_of(warm, base_flags, NOTING, family="toy_sd1", script=BKSDM)
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,8 @@ epd_distill.teacher_states, epd_distill.updates = noting_teacher, noting_updates
 
 
 @pytest.fixture(scope="module")
-def pair(fork_script, base_flags):
-    return pairs_of(fork_script, base_flags, NOTING, script=EPD)
+def pair(warm, base_flags):
+    return pairs_of(warm, base_flags, NOTING, script=EPD)
 
 
 def tables(output, step=STEPS):

@@ -1,13 +1,12 @@
 """train_epd_rl.py on two gloo processes: they share the images of an update and equal one process."""
 
-import functools
 import json
 
 import pytest
 from conftest import read_rows
 from epd_rl_runs import SCRIPT, flags, run, start_file
 from inprocess import assert_equal
-from ranks import notes_of, noting, run_pair
+from ranks import notes_of, noting, run_driver
 from safetensors.torch import load_file
 
 STEPS = 4
@@ -41,14 +40,12 @@ def start(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pair(fork_script, start):
+def pair(warm, start):
     """A function: (folder, flags, STOP_AT) -> exit codes and stderrs of both ranks."""
-    fork = functools.partial(fork_script, script=SCRIPT)
 
     def go(folder, more, **variables):
-        folder.mkdir(exist_ok=True)
         given = [*flags(start, *more), f"--output_dir={folder.parent / 'out'}"]
-        return run_pair(fork, folder, given, NOTING, **variables)
+        return run_driver(warm, folder, given, NOTING, **variables)
 
     return go
 

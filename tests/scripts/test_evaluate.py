@@ -5,7 +5,6 @@ import csv
 import json
 import re
 import shutil
-import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +12,9 @@ import pytest
 import tiny_extractor
 import tiny_rewards
 from accelerate.state import PartialState
-from conftest import ROOT, environment, free_port
+from conftest import ROOT
 from PIL import Image
+from ranks import run_ranks
 
 import evaluate
 from brisk import builtin_protocol, eval_run, image_metrics, protocols
@@ -190,15 +190,11 @@ def training(run_main, tmp_path_factory):
 
 def test_the_result_does_not_depend_on_the_number_of_processes(coco, measured, training, warm, tmp_path):
     folder, flags = coco
-    launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
-    command = [warm.python, str(ROOT / "evaluate.py"), *flags, "--output_dir", str(tmp_path), "--reference",
-               str(folder / "real"), "--batch_size", "8", "--watch", str(training), "--watch_timeout", "0.1", "--save_reference",
-               str(tmp_path / "real.npz")]  # fmt: skip
-    ranks = [subprocess.Popen(command, env=environment(**launcher, RANK=str(rank), LOCAL_RANK=str(rank)), stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True) for rank in range(2)]  # fmt: skip
-    ends = [rank.communicate(timeout=240) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], ends
-    assert "checkpoint-2" in ends[0][0] and ends[1][0] == ""
+    flags = [*flags, "--output_dir", tmp_path, "--reference", folder / "real", "--batch_size", "8", "--watch", training,
+             "--watch_timeout", "0.1", "--save_reference", tmp_path / "real.npz"]  # fmt: skip
+    codes, errors = run_ranks(warm, tmp_path / "ranks", ROOT / "evaluate.py", flags)
+    assert codes == [0, 0], errors
+    assert "checkpoint-2" in (tmp_path / "ranks/stdout-0").read_text() and (tmp_path / "ranks/stdout-1").read_text() == ""
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["record"]["processes"] == 2 and {"checkpoint-1", "checkpoint-2"} < report.keys()
     assert report["sd"]["3"] == measured[1]  # to the last digit
@@ -206,6 +202,12 @@ def test_the_result_does_not_depend_on_the_number_of_processes(coco, measured, t
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in other]
     assert [path.name for path in tmp_path.glob("*.npz")] == ["real.npz"]
     assert (tmp_path / "real.npz").read_bytes() == (folder / "real.npz").read_bytes()
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were launched .* ACCELERATE_USE_CPU=true"):
+        evaluate.main(["--output_dir", str(tmp_path)])
 
 
 def test_nor_on_the_batch_size_but_for_rounding(coco, measured, tmp_path):

@@ -27,8 +27,8 @@ fpdm.FPDMTransformer2DModel.forward = noting_forward
 
 
 @pytest.fixture(scope="module")
-def pair(fork_script, base_flags):
-    return pairs_of(fork_script, base_flags, NOTING, script=FPDM)
+def pair(warm, base_flags):
+    return pairs_of(warm, base_flags, NOTING, script=FPDM)
 
 
 @pytest.fixture(scope="module")

@@ -1,44 +1,44 @@
 """sample_epd.py on several gloo processes: the images of one, and the points of an interval shared between processes."""
 
 import json
-import os
 import signal
 import time
 
 import numpy as np
 import pytest
-from conftest import free_port
 from PIL import Image
+from ranks import run_driver
 from test_sample_epd import PIXELS, WORLDS, make_predictor, pictures
 
+CLASSES = f"{WORLDS}:gmm2d"
+NOTING = '''
+import os
+
+import numpy as np
+
+import sample_epd as script
 from brisk import epd, image_folder
 
-CLASSES = f"{WORLDS}:gmm2d"
+save, bounds = image_folder.save, epd.Split.bounds
 
 
-def keep_floats():
-    """Write what pictures are made of beside them, as .npy."""
-    save = image_folder.save
-    image_folder.quantise = lambda images: images.permute(0, 2, 3, 1).numpy()
-
-    def save_both(path, values):
-        np.save(path.with_suffix(".npy"), values)
-        save(path, (127 * np.tanh(values) + 128).astype(np.uint8))
-
-    image_folder.save = save_both
+def save_both(path, values):
+    """Write what the picture is made of beside it, as .npy."""
+    np.save(path.with_suffix(".npy"), values)
+    save(path, (127 * np.tanh(values) + 128).astype(np.uint8))
 
 
-def note_rows(path):
-    """Append to `path` how many rows of every interval this process takes."""
-    bounds = epd.Split.bounds
+def noting_bounds(self, count):
+    """Append to a file how many rows of the interval this process takes."""
+    first, end = bounds(self, count)
+    with open(f"rows{os.environ['RANK']}", "a") as file:
+        file.write(f"{end - first} ")
+    return first, end
 
-    def noted(self, count):
-        first, end = bounds(self, count)
-        with open(path, "a") as file:
-            file.write(f"{end - first} ")
-        return first, end
 
-    epd.Split.bounds = noted
+image_folder.quantise = lambda images: images.permute(0, 2, 3, 1).numpy()
+image_folder.save, epd.Split.bounds = save_both, noting_bounds
+'''
 
 
 def floats(folder):
@@ -46,24 +46,10 @@ def floats(folder):
 
 
 @pytest.fixture
-def launch(fork_script, tmp_path, monkeypatch):
+def launch(warm, tmp_path, monkeypatch):
     """launch(world, flags) -> (exit codes, stderrs) of the script on `world` processes, in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
-
-    def run(world, *flags):
-        launcher = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-                    "ACCELERATE_USE_CPU": "true"}  # fmt: skip
-
-        def become(rank):
-            os.environ.update(launcher, RANK=str(rank), LOCAL_RANK=str(rank))
-            keep_floats()
-            note_rows(tmp_path / f"rows{rank}")
-
-        started = [fork_script(*flags, whole=True, script="sample_epd", prepare=lambda rank=rank: become(rank))
-                   for rank in range(world)]  # fmt: skip
-        return [process.wait(60) for process in started], [process.err() for process in started]
-
-    return run
+    return lambda world, *flags: run_driver(warm, tmp_path, flags, NOTING, world)
 
 
 def test_two_processes_draw_what_one_draws(launch, tmp_path):

@@ -3,7 +3,6 @@
 import argparse
 import datetime
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -14,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, free_port
+from conftest import ROOT
 from PIL import Image
+from ranks import run_ranks
 from tiny_dit import make_network
 
 import sample_fpdm
@@ -138,20 +138,14 @@ def test_a_stopped_run_goes_on(sample, calls_of):
         sample("plain", "--sample_index_end 5 --global_seed 1")
 
 
-def test_two_processes_draw_what_one_draws(sample, runs, fork_script, tmp_path):
+def test_two_processes_draw_what_one_draws(sample, runs, warm, tmp_path):
     flags = ["--num_sampling_steps=3", "--fixed_point_iters=4", "--fixed_point_reuse_solution", "--sample_index_end=5",
              "--batch_size=2", "--save_npz", "--log_convergence"]  # fmt: skip
     one, _ = sample("pipeline", shlex.join(flags))
-    launcher = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
-
-    def start(rank):
-        own = {**launcher, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        return fork_script(f"--ckpt={runs / 'pipeline'}", "--output_dir=two", *flags, whole=True, script="sample_fpdm",
-                           prepare=lambda: os.environ.update(own))  # fmt: skip
-
-    processes = [start(rank) for rank in range(2)]
-    assert [process.wait() for process in processes] == [0, 0], processes[0].err() + processes[1].err()
-    assert ["sampling: 100%" in process.err() for process in processes] == [True, False]  # one process speaks
+    flags = [f"--ckpt={runs / 'pipeline'}", "--output_dir=two", *flags]
+    codes, errors = run_ranks(warm, tmp_path, ROOT / "sample_fpdm.py", flags)
+    assert codes == [0, 0], errors
+    assert ["sampling: 100%" in error for error in errors] == [True, False]  # one process speaks
     two = tmp_path / "two" / "pipeline" / one.name
     assert names(one) == names(two)
     with np.load(one / "samples.npz") as first, np.load(two / "samples.npz") as second:

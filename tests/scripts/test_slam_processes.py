@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import yaml
 from conftest import ROOT, SLAM, environment, free_port, read_rows
-from ranks import notes_of, noting, run_pair
+from ranks import notes_of, noting, run_driver
 from safetensors.torch import load_file
 
 from brisk import checkpoint
@@ -52,15 +52,14 @@ def straight(warm, base_flags, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def broken(fork_script, base_flags, tmp_path_factory):
+def broken(warm, base_flags, tmp_path_factory):
     """The same run stopped by a SIGTERM that only rank 1 gets, then continued."""
     folder = tmp_path_factory.mktemp("broken")
-    (folder / "second").mkdir()
     flags = base_flags(f"--output_dir={folder / 'out'}", *FLAGS)
-    codes, errors = run_pair(fork_script, folder, flags, NOTING, STOP_AT=str(STOP))
+    codes, errors = run_driver(warm, folder, flags, NOTING, STOP_AT=str(STOP))
     stopped_at = [checkpoint.step_of(path) for path in (folder / "out").glob("checkpoint-*")]
     finished = (folder / "out/unet").exists()
-    again, more = run_pair(fork_script, folder / "second", flags, NOTING)
+    again, more = run_driver(warm, folder / "second", flags, NOTING)
     assert again == [0, 0], more
     return {"codes": codes, "errors": errors, "steps": stopped_at, "finished": finished, "output": folder / "out",
             "notes": notes_of(folder), "second": notes_of(folder / "second")}  # fmt: skip
@@ -147,13 +146,13 @@ state.AcceleratorState.__init__ = make_with_fsdp
 """
 
 
-def test_sharded_weights_train_stop_resume_and_export_like_replicated_ones(straight, fork_script, base_flags, tmp_path):
+def test_sharded_weights_train_stop_resume_and_export_like_replicated_ones(straight, warm, base_flags, tmp_path):
     from diffusers import UNet2DConditionModel
 
     flags = base_flags(f"--output_dir={tmp_path / 'out'}", *FLAGS, "--validation_steps=4", "--validation_prompts=a|b",
                        "--num_validation_images=1", "--validation_num_inference_steps=1")  # fmt: skip
     for stop_at, expected in ((STOP, [143, 143]), (0, [0, 0])):
-        codes, errors = run_pair(fork_script, tmp_path, flags, ON_CPU + NOTING, STOP_AT=str(stop_at), **FSDP)
+        codes, errors = run_driver(warm, tmp_path, flags, ON_CPU + NOTING, STOP_AT=str(stop_at), **FSDP)
         assert codes == expected, errors
     keys = ("loss", "grad_norm", "lr")
     for row, wanted in zip(read_rows(tmp_path / "out"), read_rows(straight[0]), strict=True):

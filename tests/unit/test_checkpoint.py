@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -297,6 +298,13 @@ def test_a_stop_signal_is_remembered(accelerator, handlers, number):
     assert stop.agreed() == 0
     os.kill(os.getpid(), number)
     assert stop.agreed() == number
+
+
+def test_processes_wait_for_each_other_when_they_have_agreed_to_tell_of_signals(handlers, monkeypatch):
+    events = []
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: events.append(backend))
+    checkpoint.StopSignal(types.SimpleNamespace(num_processes=2, wait_for_everyone=lambda: events.append("waited")))
+    assert events == ["gloo", "waited"]
 
 
 def test_a_second_signal_ends_at_once(root):

@@ -29,6 +29,14 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_launch_is_refused_when_every_process_has_started():
+    waits = []
+    accelerator = types.SimpleNamespace(wait_for_everyone=lambda: waits.append(1), distributed_type="FSDP", num_processes=1)
+    with pytest.raises(UserError, match="FSDP shards the parameters"):
+        runlog.check_processes(accelerator, needs_whole_tensors=True)
+    assert waits == [1]
+
+
 def write(folder, *lines):
     (folder / "metrics.jsonl").write_text("".join(lines))
 
