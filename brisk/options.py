@@ -36,7 +36,7 @@ def _end(text, code):
     if "tqdm" in sys.modules:  # end the line of a progress bar
         for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
             bar.close()
-    print(text, file=sys.stderr, flush=True)
+    print(f"{text}\n", end="", file=sys.stderr, flush=True)  # in one piece: other processes may speak too
     sys.exit(code)
 
 

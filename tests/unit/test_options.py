@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -345,6 +346,19 @@ def test_run_turns_user_errors_into_one_line_and_an_exit_code(capsys):
     printed = capsys.readouterr()
     assert stop.value.code == 3 and printed.out == ""
     assert printed.err == "error: it is wrong, <secret> ['x']\n"
+
+
+def test_an_error_is_written_in_one_piece(monkeypatch):
+    pieces = []
+    monkeypatch.setattr(sys, "stderr", types.SimpleNamespace(write=lambda text: text and pieces.append(text), flush=lambda: None))
+    monkeypatch.setenv("RANK", "1")
+
+    def fail(argv):
+        raise UserError("no")
+
+    with pytest.raises(SystemExit):
+        options.run(fail)
+    assert pieces == ["[process 1] error: no\n"], "lines of several processes would run into each other"
 
 
 def test_script_ends_with_code_2_and_one_line_for_a_bad_flag(root):
