@@ -95,7 +95,7 @@ def setup_logging(accelerator):
         def emit(self, record):
             from tqdm import tqdm
 
-            tqdm.write(redact(self.format(record)), file=sys.stderr)
+            tqdm.write(f"{redact(self.format(record))}\n", file=sys.stderr, end="")  # in one piece: others may speak too
 
     handler = Handler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))

@@ -230,6 +230,7 @@ def main_classes(args):
     # processes wait at the end for the slowest one
     state = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=1))])
     runlog.quiet_libraries()
+    runlog.check_processes(state)
     runlog.open_output(state.process_index, args.output_dir)
     files, classes = class_images.list_class_images(args.train_data_dir, args.class_labels == "folders")
     if args.output_format == "shards":  # a stream is shuffled in blocks only, which would be of one class each
@@ -295,6 +296,7 @@ def main(argv=None):
 
     state = Accelerator()
     runlog.quiet_libraries()
+    runlog.check_processes(state)
     runlog.open_output(state.process_index, args.output_dir)
     with state.main_process_first():
         parts = sd_models.load_parts(args.pretrained_teacher_model, args.revision, args.variant, args.cache_dir,

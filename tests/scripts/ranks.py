@@ -1,5 +1,6 @@
-"""Two gloo processes of a training script on the CPU: code that notes what each rank draws, started rank by rank."""
+"""Gloo processes of a script on the CPU, started rank by rank, and code that notes what each of two draws."""
 
+import contextlib
 import json
 import subprocess
 
@@ -86,9 +87,10 @@ def notes_of(folder):
 
 
 def run_ranks(warm, folder, program, flags, world=2, **variables):
-    """Start every rank of the file `program` by hand, so that each one's exit code is seen -> (exit codes, stderrs).
+    """Run the file `program` on `world` ranks, each started by hand so that its exit code is seen -> (exit codes, stderrs).
 
-    None is a fork of this process, which has threads. Args: `folder`: for what they print, as stdout-<rank> and stderr-<rank>.
+    None is a fork of this process, whose threads would be missing. What they print goes to stdout-<rank> and stderr-<rank> in
+    `folder`, which is made.
     """
     folder.mkdir(exist_ok=True)
     variables |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -99,18 +101,26 @@ def run_ranks(warm, folder, program, flags, world=2, **variables):
         with open(folder / f"stdout-{rank}", "w") as out, open(folder / f"stderr-{rank}", "w") as error:
             ranks.append(subprocess.Popen([warm.python, program, *flags], env=own, stdout=out, stderr=error))
     try:
-        return [rank.wait(240) for rank in ranks], [(folder / f"stderr-{rank}").read_text() for rank in range(world)]
+        for rank in ranks:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # of one that hangs, what it printed tells where
+                rank.wait(240)
     finally:
         for rank in ranks:
             rank.kill()
+    return [rank.wait() for rank in ranks], [(folder / f"stderr-{rank}").read_text() for rank in range(world)]
+
+
+def driver(folder, code):
+    """The path of a program that runs `code` and then the script that it imports as `script`; `folder` is made."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "driver.py"
+    path.write_text(f"{code}\nfrom brisk import options\n\noptions.run(script.main)\n")
+    return path
 
 
 def run_driver(warm, folder, flags, code, world=2, **variables):
-    """`run_ranks` of `code` and then the script that it imports as `script`; notes go to `folder`."""
-    folder.mkdir(exist_ok=True)
-    driver = folder / "driver.py"
-    driver.write_text(f"{code}\nfrom brisk import options\n\noptions.run(script.main)\n")
-    return run_ranks(warm, folder, driver, flags, world, NOTES_TO=str(folder), **variables)
+    """`run_ranks` of `code` and then the script that it imports as `script` (see `driver`); notes go to `folder`."""
+    return run_ranks(warm, folder, driver(folder, code), flags, world, NOTES_TO=str(folder), **variables)
 
 
 def pairs_of(warm, base_flags, code, **own):

@@ -88,7 +88,7 @@ def test_stopped_by_a_signal_to_one_rank_the_pair_goes_on_bit_for_bit(straight, 
 ])  # fmt: skip
 def test_a_batch_that_two_processes_cannot_share_is_refused_by_both(flag, sentence, pair, tmp_path):
     codes, errors = pair(tmp_path / "notes", (*FLAGS, flag))
-    assert codes == [2, 2]
+    assert codes == [2, 2], errors
     assert all(sentence in error for error in errors)
     assert not (tmp_path / "out").exists()
 

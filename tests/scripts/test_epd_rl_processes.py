@@ -96,6 +96,6 @@ def test_stopped_by_a_signal_to_one_rank_the_pair_goes_on_bit_for_bit(pair, tmp_
 ])  # fmt: skip
 def test_images_that_two_processes_cannot_share_are_refused_by_both(more, sentence, pair, tmp_path):
     codes, errors = pair(tmp_path / "notes", (*FLAGS, *more))
-    assert codes == [2, 2]
+    assert codes == [2, 2], errors
     assert all(sentence in error for error in errors)
     assert not (tmp_path / "out").exists()

@@ -86,7 +86,7 @@ def test_stopped_by_a_signal_to_one_rank_the_pair_goes_on_bit_for_bit(straight, 
 
 def test_a_batch_that_two_processes_cannot_share_is_refused_by_both(pair, tmp_path):
     codes, errors = pair(tmp_path / "notes", (*FLAGS, "--global_batch_size=7"))
-    assert codes == [2, 2]
+    assert codes == [2, 2], errors
     assert all("--global_batch_size 7 cannot be divided among 2 processes" in error for error in errors)
     assert not (tmp_path / "out").exists()
 

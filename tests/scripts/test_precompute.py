@@ -35,6 +35,12 @@ def cache(models, shards, tmp_path_factory):
     return make
 
 
+def test_processes_that_do_not_know_of_each_other_are_refused(cache, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were launched"):
+        cache()
+
+
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_cached_and_online_runs_have_the_same_losses(family, cache, shards, run_main):
     _, cached = cache(family)

@@ -198,10 +198,18 @@ def test_processes_write_disjoint_parts_of_the_same_output(vae, images, tmp_path
         monkeypatch.setattr(latent_files.LatentParts, "write", note)
         run(vae, images, tmp_path / "two", output_format, "--dataloader_num_workers=2")
 
+    monkeypatch.setenv("WORLD_SIZE", "2")
     process(1, 0)
     process(0, 1)
     assert written == {0: [0, 2], 1: [1, 3]}
     assert contents(tmp_path / "two") == alone
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(vae, images, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were launched"):
+        run(vae, images, tmp_path / "out", "arrays")
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_class_and_no_mirror_images(vae, images, tmp_path):

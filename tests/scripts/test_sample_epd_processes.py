@@ -114,6 +114,8 @@ def test_an_interrupted_run_leaves_whole_pictures_and_goes_on(fork_script, tmp_p
 
 def test_bad_input_is_refused_by_all(launch, tmp_path):
     make_predictor(tmp_path / "p.json")
-    codes, errors = launch(2, "--predictor=p.json", *PIXELS.split(), "--outdir=out", "--num_steps=9")
-    assert codes == [2, 2] and all("--num_steps is 9, the predictor p was made for 4" in error for error in errors)
+    for flag, message in (("--num_steps=9", "--num_steps is 9, the predictor p was made for 4"),
+                          ("--generator_device=cuda", "needs a GPU, this process has cpu")):  # fmt: skip
+        codes, errors = launch(2, "--predictor=p.json", *PIXELS.split(), "--outdir=out", flag)
+        assert codes == [2, 2] and all(message in error for error in errors), errors
     assert not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import yaml
 from conftest import ROOT, SLAM, environment, free_port, read_rows
-from ranks import notes_of, noting, run_driver
+from ranks import driver, notes_of, noting, run_driver
 from safetensors.torch import load_file
 
 from brisk import checkpoint
@@ -41,10 +41,9 @@ sd_models.predict, sd_inputs.latent_moments = noting_predict, noting_encode
 def straight(warm, base_flags, tmp_path_factory):
     """An unbroken run started by `accelerate launch` with configs/accelerate/two_cpu.yaml: (output, notes by rank)."""
     folder = tmp_path_factory.mktemp("straight")
-    (folder / "driver.py").write_text(NOTING + "from brisk import options\noptions.run(script.main)\n")
     config = ROOT / "configs/accelerate/two_cpu.yaml"
     command = [warm.python, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port",
-               str(free_port()), folder / "driver.py", *base_flags(f"--output_dir={folder / 'out'}", *FLAGS)]  # fmt: skip
+               str(free_port()), driver(folder, NOTING), *base_flags(f"--output_dir={folder / 'out'}", *FLAGS)]  # fmt: skip
     variables = environment(ACCELERATE_USE_CPU="true", NOTES_TO=str(folder))
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
