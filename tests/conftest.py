@@ -4,6 +4,7 @@ import gc
 from pathlib import Path
 
 import pytest
+from progress_bars import close_bars
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,6 +21,13 @@ def pytest_collection_finish():
     """What all test modules imported stays for good, and need not be searched for garbage again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def no_bars_left():
+    """A bar that a refused or stopped run left is closed now: collected later, it breaks tqdm's loop over its bars in another."""
+    yield
+    close_bars()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import torch
+from progress_bars import close_bars
 from safetensors.torch import load_file
 
 from brisk import macs, students, tiny
@@ -83,6 +84,7 @@ def train(output, *flags, script=SLAM):
         with remembered_plans():
             importlib.import_module(script).main([*map(str, flags), f"--output_dir={output}"])
     finally:
+        close_bars()
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         for number, handler in handlers.items():

@@ -31,6 +31,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may ask a network, nor wait f
 pytest.register_assert_rewrite("ranks", "refusals")
 import warm_python  # noqa: E402 - torch reads these settings when it is imported
 from inprocess import BKSDM, EPD, FPDM, OWN, SLAM, remembered_plans  # noqa: E402
+from progress_bars import close_bars  # noqa: E402
 
 
 def read_rows(output):
@@ -147,6 +148,7 @@ def run_main(base_flags, tmp_path_factory):
             traceback.clear_frames(error.__traceback__)  # else the loader's processes live as long as the error
             raise
         finally:
+            close_bars()
             gc.collect()
             if script not in last:  # what its libraries made stays for good, and need not be searched after every run
                 last[script] = True
